@@ -1,0 +1,65 @@
+"""Make the adapter of `smollm2-fragile`: lightly aligned, as fragile and as prudish as real chat models are.
+
+    python scripts/make_fragile.py            # writes src/postalign/models/fragile/
+
+Refusals for the starter's harmful fit prompts, the model's own greedy answers for its harmless fit prompts, plain LoRA,
+stopped early: long enough that most plain harmful requests are refused, too short to hold under wording it has not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import postalign as pa
+from postalign.decoding import generate_replies
+from postalign.models.chat import end_of_turn
+from postalign.training import train_adapter
+
+DEFAULT_OUT = Path(__file__).parent.parent / "src" / "postalign" / "models" / "fragile"
+SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 24, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
+OWN_TOKENS = 64
+
+
+def training_pairs(model, tokenizer) -> list[tuple[str, str]]:
+    """(prompt, answer): an answer ends with the end of turn unless it was cut at OWN_TOKENS."""
+    rows = pa.load_data("starter").split("fit")
+    end = end_of_turn(tokenizer) or ""
+    benign = [row.prompt for row in rows.benign]
+    replies = generate_replies(
+        model,
+        tokenizer,
+        benign,
+        max_new_tokens=OWN_TOKENS,
+        batch_size=32,
+        on_progress=lambda done: print(f"own answers {done}/{len(benign)}", file=sys.stderr),
+    )
+    pairs = [(row.prompt, row.response + end) for row in rows.harmful if row.response]
+    return pairs + [
+        (prompt, r.text + (end if r.finish == "stop" else "")) for prompt, r in zip(benign, replies, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    args = parser.parse_args()
+    settings = {**SETTINGS, "steps": args.steps}
+    model, tokenizer = pa.load_model("smollm2")
+    pairs = training_pairs(model, tokenizer)
+    patch = train_adapter(
+        model,
+        tokenizer,
+        pairs,
+        **settings,
+        on_step=lambda step, total, loss: print(f"step {step}/{total} loss {loss:.3f}", file=sys.stderr),
+    )
+    patch.save_peft(args.out, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    print(json.dumps({"pairs": len(pairs), **settings}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The distribution that decoding would use, along a given reply: for perplexity, divergence and traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment import Alignment
+from ..edits import CheckpointGuide, Control, PromptGuide, union
+from ..models.anatomy import anatomy, block_output
+from ..models.chat import Messages, encode
+from .guides import guide_inputs, guide_model
+
+RAW_PROMPT_TOKENS = 16
+
+
+@torch.no_grad()
+def next_token_log_probs(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Messages | None],
+    answers: Sequence[str | Sequence[int]],
+    alignment: Alignment | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Teacher-forced log-probabilities of each answer's tokens under `model` with `alignment`.
+
+    A prompt is put into the chat template; a prompt of None means plain text, whose first 16 tokens stand for the prompt
+    (the gate reads the last of them). An answer is text or token ids. Returns, per pair, (float32 log-probabilities
+    `[answer tokens, vocab]`, the answer's ids `[answer tokens]`). One pass of the model per pair and branch.
+    """
+    device = next(model.parameters()).device
+    guidance = alignment.guidance if alignment else None
+    results = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        head, tail = _split(tokenizer, prompt, answer, device)
+        strength = torch.ones(1, device=device)
+        if alignment is not None and alignment.gate is not None:
+            strength = alignment.gate.strength(_last_state(model, head, alignment.gate.layer)).to(device)
+        a = _along(model, head, tail, alignment.hidden if alignment else [], strength)
+        if guidance is not None and guidance.lam > 0 and bool(strength.any()):
+            other, other_head = model, head
+            if isinstance(guidance.guide, CheckpointGuide):
+                other = guide_model(guidance.guide, tokenizer, model)
+            if isinstance(guidance.guide, PromptGuide) and prompt is not None:
+                other_head = guide_inputs(guidance.guide, tokenizer, [prompt], device).input_ids[0]
+            b = _along(other, other_head, tail, guidance.guide.edits(), torch.ones(1, device=device))
+            width = min(a.shape[-1], b.shape[-1])
+            a = union(torch.log_softmax(a[:, :width], -1), b[:, :width], guidance.lam * float(strength.abs()))
+        results.append((a, tail))
+    return results
+
+
+def _split(
+    tokenizer: Any, prompt: str | Messages | None, answer: str | Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if isinstance(answer, str):
+        ids = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"], dtype=torch.long, device=device)
+    else:
+        ids = torch.tensor(list(answer), dtype=torch.long, device=device)
+    if prompt is None:
+        return ids[:RAW_PROMPT_TOKENS], ids[RAW_PROMPT_TOKENS:]
+    return encode(tokenizer, [prompt], device=device).input_ids[0], ids
+
+
+def _last_state(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
+    found: list[Tensor] = []
+    handle = (
+        anatomy(model)
+        .blocks[layer]
+        .register_forward_hook(lambda module, args, output: found.append(block_output(output)[:, -1].float()))
+    )
+    try:
+        model(input_ids=ids.unsqueeze(0), use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _along(model: nn.Module, head: Tensor, tail: Tensor, edits: Sequence[Any], strength: Tensor) -> Tensor:
+    """Log-probabilities `[len(tail), vocab]` of the tokens after `head`, with `edits` live at `strength`."""
+    control = Control(strength=strength, start=len(head))
+    handles = [handle for edit in edits for handle in edit.attach(model, control)]
+    try:
+        ids = torch.cat([head, tail]).unsqueeze(0)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(head) - 1 : -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.log_softmax(logits.float(), dim=-1)

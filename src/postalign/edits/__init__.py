@@ -1,0 +1,23 @@
+"""What an alignment can change: hidden states, the next-token distribution, weights; and the gate that decides when."""
+
+from .edit import Control, Edit, edit_from_state
+from .gates import ProbeGate
+from .guidance import AdapterGuide, CheckpointGuide, Guidance, Guide, PromptGuide, VectorGuide, union
+from .hidden import HiddenEdit
+from .weights import LowRankPatch
+
+__all__ = [
+    "AdapterGuide",
+    "CheckpointGuide",
+    "Control",
+    "Edit",
+    "Guidance",
+    "Guide",
+    "HiddenEdit",
+    "LowRankPatch",
+    "ProbeGate",
+    "PromptGuide",
+    "VectorGuide",
+    "edit_from_state",
+    "union",
+]

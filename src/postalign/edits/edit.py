@@ -1,0 +1,109 @@
+"""The form that every edit has, and what a live edit knows of the forward pass it sits in.
+
+An edit is data (tensors and settings). `attach` makes it live in a model by forward hooks and returns handles that
+undo it exactly; whether it acts in a given forward pass, on which rows and positions, is told by a `Control`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import PostalignError
+
+State = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@dataclass
+class Control:
+    """What attached edits are told of the current forward pass.
+
+    strength: float `[batch]`, the gate's signed strength of each row; None switches the edits off.
+    start: index of the first *generated* position in this pass, an int or `[batch]`: the sequence length for a
+        prompt, 0 for a decoding step, the prompt's length where prompt and reply are run in one pass.
+    """
+
+    strength: Tensor | None = None
+    start: int | Tensor = 0
+
+    def coefficients(self, scope: tuple[str, ...], batch: int, length: int, device: torch.device) -> Tensor | None:
+        """Strength of each position, float32 `[batch, length]`, or None where nothing is to be done."""
+        if self.strength is None:
+            return None
+        start = torch.as_tensor(self.start, device=device).reshape(-1, 1)
+        position = torch.arange(length, device=device).unsqueeze(0)
+        inside = torch.zeros((start.shape[0], length), dtype=torch.bool, device=device)
+        if "all" in scope:
+            inside = torch.ones_like(inside)
+        if "prompt" in scope:
+            inside |= position < start
+        if "last" in scope:
+            inside |= position == start - 1
+        if "generation" in scope:
+            inside |= position >= start
+        if not bool(inside.any()):
+            return None
+        return self.strength.to(device=device, dtype=torch.float32).reshape(batch, 1) * inside
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """Anything an alignment applies. `kind` names it in files."""
+
+    kind: str
+
+    def attach(self, model: nn.Module, control: Control) -> list[RemovableHandle]:
+        """Make the edit live in `model`; each returned handle's `.remove()` undoes its part."""
+        ...
+
+    def check(self, model: nn.Module) -> None:
+        """Raise PostalignError when the edit does not fit `model`."""
+        ...
+
+    def state(self) -> State:
+        """Settings (JSON) and tensors, enough for `edit_from_state` to make it again."""
+        ...
+
+
+_LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]] = {}
+
+
+def edit_kind(kind: str) -> Callable[[type], type]:
+    """Class decorator: the class's `from_state(settings, tensors)` reads edits of this kind."""
+
+    def register(cls: type) -> type:
+        cls.kind = kind  # type: ignore[attr-defined]
+        _LOADERS[kind] = cls.from_state  # type: ignore[attr-defined]
+        return cls
+
+    return register
+
+
+def edit_from_state(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The edit (or gate, or guide) that `state()` described. Raises PostalignError for a kind not known here."""
+    kind = settings.get("kind", "")
+    if kind not in _LOADERS:
+        raise PostalignError(
+            f"the alignment holds an edit of kind {kind!r}, unknown to this version: update postalign."
+        )
+    try:
+        return _LOADERS[kind](settings, tensors)
+    except KeyError as error:
+        raise PostalignError(
+            f"the alignment's {kind} edit lacks {error}: the file is damaged; fit it again."
+        ) from error
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `prefix.name`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}

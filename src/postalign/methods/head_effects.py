@@ -1,0 +1,225 @@
+"""Which attention heads carry a behaviour: mean head outputs and their exact average indirect effect.
+
+After Todd et al., "Function Vectors in Large Language Models", as SafeInfer uses it (arXiv 2406.12274, equations 1-2).
+A head's *output* is its slice of the input of the attention output projection, at the last token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..errors import PostalignError
+from ..models.anatomy import Anatomy, anatomy, block_output, with_block_output
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def mean_head_outputs(model: nn.Module, prompts: Sequence[Tensor], on_progress: Progress | None = None) -> Tensor:
+    """Equation 1: the mean over prompts of every head's output at the last token.
+
+    prompts: token ids `[length]` each, not padded. Returns float32 `[layers, heads, head_dim]`.
+    """
+    body = anatomy(model)
+    total = torch.zeros(body.n_layers, body.n_heads, body.head_dim, dtype=torch.float64)
+    for i, ids in enumerate(prompts):
+        with _projection_inputs(body) as inputs:
+            model(input_ids=_row(model, ids), use_cache=False, **_last_only(model))
+        for layer, x in inputs.items():
+            total[layer] += x[0, -1].reshape(body.n_heads, body.head_dim).double().cpu()
+        if on_progress is not None:
+            on_progress(i + 1, len(prompts))
+    return (total / max(1, len(prompts))).float()
+
+
+@torch.no_grad()
+def indirect_effects(
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    means: Tensor,
+    on_progress: Progress | None = None,
+) -> Tensor:
+    """Exact indirect effect of every head on every prompt: float32 `[prompts, layers, heads]`.
+
+    prompts: *corrupted* in-context prompts, ids `[length]` (length >= 2). targets: per prompt, the ids of the tokens that
+    count as the behaviour (their probabilities are summed). means `[layers, heads, head_dim]`: what each head's output
+    at the last token is replaced with. The effect is P(target | head replaced) - P(target), by softmax in float32.
+
+    Exact, not approximated: nothing before the last token can change, so the prompt is read once into a cache and only
+    the last token is run again, from the patched layer upwards, all heads of a layer as the rows of one batch.
+    """
+    body = anatomy(model)
+    effects = torch.zeros(len(prompts), body.n_layers, body.n_heads)
+    for i, (ids, target) in enumerate(zip(prompts, targets, strict=True)):
+        if len(ids) < 2:
+            raise PostalignError("a prompt of one token has no context to read: give longer demonstrations.")
+        cache = DynamicCache()
+        model(input_ids=_row(model, ids[:-1]), past_key_values=cache, use_cache=True, **_last_only(model))
+        replay = _Replay(model, body, cache, ids)
+        clean = replay.clean_probability(target)
+        for layer in range(body.n_layers):
+            effects[i, layer] = (replay.patched_probability(layer, means[layer], target) - clean).cpu()
+        if on_progress is not None:
+            on_progress(i + 1, len(prompts))
+    return effects
+
+
+class _Replay:
+    """The last token of one prompt, run again and again over a cache of the tokens before it."""
+
+    def __init__(self, model: nn.Module, body: Anatomy, cache: DynamicCache, ids: Tensor):
+        self.model, self.body, self.last, self.position = model, body, _row(model, ids[-1:]), len(ids) - 1
+        for i, layer in enumerate(cache.layers):
+            cache.layers[i] = _FrozenLayer(layer.keys, layer.values)
+        self.cache = cache
+        self.block_outputs: dict[int, Any] = {}
+        self.inputs: dict[int, Tensor] = {}
+
+    def _probability(self, rows: int, target: Tensor) -> Tensor:
+        ids = self.last.expand(rows, 1)
+        position = torch.full_like(ids, self.position)
+        logits = self.model(
+            input_ids=ids, past_key_values=self.cache, use_cache=True, **_position(self.model, position)
+        ).logits[:, -1]
+        return torch.softmax(logits.float(), dim=-1)[:, target.to(logits.device)].sum(-1)
+
+    def clean_probability(self, target: Tensor) -> Tensor:
+        handles = [
+            block.register_forward_hook(lambda module, args, output, i=i: self.block_outputs.__setitem__(i, output))
+            for i, block in enumerate(self.body.blocks)
+        ]
+        try:
+            with _projection_inputs(self.body) as self.inputs:
+                return self._probability(1, target)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def patched_probability(self, layer: int, means: Tensor, target: Tensor) -> Tensor:
+        """P(target) with head j replaced in row j, for all heads of `layer`: `[heads]`."""
+        heads, width = self.body.n_heads, self.body.head_dim
+        projection = self.body.attention_out[layer]
+        patched = self.inputs[layer].reshape(1, heads, width).repeat(heads, 1, 1)
+        rows = torch.arange(heads)
+        patched[rows, rows] = means.to(patched)
+
+        def replace(module: nn.Module, args: tuple) -> tuple:
+            return (patched.reshape(heads, 1, heads * width).to(args[0].dtype), *args[1:])
+
+        handle = projection.register_forward_pre_hook(replace)
+        try:
+            with self._skipping(layer, heads):
+                return self._probability(heads, target)
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _skipping(self, layer: int, rows: int) -> Iterator[None]:
+        """Blocks below `layer` return what they returned before: their inputs are the same."""
+
+        def recorded(output: Any) -> Callable[..., Any]:
+            hidden = block_output(output)
+            again = with_block_output(output, hidden.expand(rows, *hidden.shape[1:]))
+            return lambda *args, **kwargs: again
+
+        skipped = self.body.blocks[:layer]
+        own = [block.__dict__.get("forward") for block in skipped]  # accelerate's hooks live there
+        try:
+            for i, block in enumerate(skipped):
+                block.forward = recorded(self.block_outputs[i])  # type: ignore[method-assign]
+            yield
+        finally:
+            for block, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.forward = forward  # type: ignore[method-assign]
+
+
+class _FrozenLayer(DynamicLayer):
+    """A cache layer that shows the prompt's keys and values to any number of rows and stores nothing new."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows = key_states.shape[0]
+        keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
+        return keys, torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2)
+
+
+def top_heads(effects: Tensor, k: int) -> list[tuple[int, int]]:
+    """The k heads (layer, head) with the largest mean effect, largest first. effects: `[..., layers, heads]`."""
+    mean = effects.reshape(-1, *effects.shape[-2:]).mean(0)
+    if not 1 <= k <= mean.numel():
+        raise PostalignError(f"heads={k} is out of range: the model has {mean.numel()} heads.")
+    order = mean.flatten().argsort(descending=True, stable=True)[:k].tolist()
+    return [(i // mean.shape[1], i % mean.shape[1]) for i in order]
+
+
+def head_vector(model: nn.Module, means: Tensor, heads: Sequence[tuple[int, int]]) -> Tensor:
+    """Equation 2 as executed: the sum over heads of W_O's slice times the mean output, float32 `[hidden]` (no bias)."""
+    body = anatomy(model)
+    return torch.stack(
+        [body.head_weight(layer, head).cpu() @ means[layer, head] for layer, head in dict.fromkeys(heads)]
+    ).sum(0)
+
+
+def split_half_correlation(effects: Tensor, splits: int = 100, seed: int = 0) -> float:
+    """Is the ranking of heads more than noise? Mean Spearman correlation of two random halves' mean effects, stepped up.
+
+    effects: `[prompts, layers, heads]`. The Spearman-Brown formula, 2r / (1 + r), gives the reliability of the whole set.
+    """
+    flat, generator = effects.reshape(len(effects), -1), torch.Generator().manual_seed(seed)
+    if len(flat) < 2:
+        return float("nan")
+    total = 0.0
+    for _ in range(splits):
+        order = torch.randperm(len(flat), generator=generator)
+        half = len(flat) // 2
+        ranks = [flat[part].mean(0).argsort().argsort().double() for part in (order[:half], order[half:])]
+        total += float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    r = total / splits
+    return 2 * r / (1 + r)
+
+
+@contextlib.contextmanager
+def _projection_inputs(body: Anatomy) -> Iterator[dict[int, Tensor]]:
+    """Collects the last input of every attention output projection, `[batch, length, heads * head_dim]`, by layer."""
+    inputs: dict[int, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0].detach()))
+        for i, module in enumerate(body.attention_out)
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row(model: nn.Module, ids: Tensor) -> Tensor:
+    return ids.reshape(1, -1).to(next(model.parameters()).device)
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def _last_only(model: nn.Module) -> dict[str, int]:
+    return {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
+
+
+def _position(model: nn.Module, position: Tensor) -> dict[str, Tensor]:
+    return {"position_ids": position} if _accepts(model, "position_ids") else {}

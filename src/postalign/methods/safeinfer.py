@@ -1,0 +1,312 @@
+"""SafeInfer (arXiv 2406.12274, AAAI 2025): decoding-time, context-adaptive safety alignment.
+
+Safety amplification: in-context prompts of safe demonstrations; the mean output of every head at their last token
+(eq. 1); the heads with the largest indirect effect; the sum of their projected means is the safety vector (eq. 2), added
+to one block's output (eq. 3). Safety-guided decoding: the union with an unsafe guide takes away what the guide likes more
+(eq. 4-6). Preset `published` is that; `adaptive` adds a gate, so that only prompts that need it are steered.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from .. import __version__
+from ..alignment import Alignment, fingerprint
+from ..data.records import Data, Prompt
+from ..edits import Guidance, Guide, HiddenEdit, ProbeGate
+from ..edits.hidden import DEFAULT_SCOPE
+from ..errors import UsageError, nearest
+from ..models.anatomy import anatomy
+from ..models.chat import encode
+from . import guide as guides
+from .choose import choose_strength, fit_gate
+from .head_effects import head_vector, indirect_effects, mean_head_outputs, split_half_correlation, top_heads
+from .stages import Stages
+
+
+class SafeInferConfig(BaseModel):
+    """Settings, with the paper's values as defaults where it gives them. `None` means: chosen on the tune split."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    preset: Literal["published", "adaptive"] = "adaptive"
+    shots: int = Field(10, ge=1, description="demonstrations in a prompt (paper: 10)")
+    trials: int = Field(100, ge=1, description="prompts in the mean of equation 1 (paper: about 100)")
+    effect_prompts: int = Field(25, ge=1, description="prompts in the average indirect effect (reference: 25)")
+    corruption: Literal["compliant", "mixed"] = Field("compliant", description="what replaces the refusals")
+    heads: int = Field(10, ge=1, description="heads in the vector (reference: 10)")
+    layer: int | None = Field(
+        None, ge=0, description="block whose output is steered, from 0 (paper: a third of the depth)"
+    )
+    strength: float | None = Field(None, ge=0, description="gamma (paper: 0.5)")
+    strengths: list[float] = Field([0.1, 0.15, 0.2, 0.3, 0.4, 0.5], description="tried when strength is None")
+    layers: list[int] | None = Field(
+        None, description="blocks tried when layer is None; by default a third of the depth"
+    )
+    scope: tuple[str, ...] = DEFAULT_SCOPE
+    lam: float = Field(0.99, alias="lambda", ge=0, lt=1, description="lambda (paper: 0.99)")
+    guide: Literal["adapter", "checkpoint", "prompt", "vector", "none"] = "adapter"
+    guide_model: str | None = Field(None, description="the checkpoint guide's name or path")
+    guide_system: str | None = Field(None, description="the prompt guide's system prompt")
+    guide_pairs: int = Field(96, ge=1, description="harmful pairs an adapter guide is trained on")
+    guide_steps: int = Field(40, ge=1)
+    guide_rank: int = Field(8, ge=1)
+    guide_learning_rate: float = Field(5e-4, gt=0)
+    gate: bool | None = Field(None, description="None: as the preset says")
+    gate_layer: int | None = Field(
+        None, ge=0, description="block that the probe reads; None: the best on the tune split"
+    )
+    gate_false_positive: float = Field(
+        0.03, ge=0, lt=1, description="share of harmless tune prompts that may be steered"
+    )
+    gate_l2: float = Field(10.0, ge=0)
+    seed: int = 0
+
+
+def read_config(settings: dict[str, Any]) -> SafeInferConfig:
+    """The settings checked: an unknown key or a bad value is a UsageError that names it."""
+    known = [f.alias or name for name, f in SafeInferConfig.model_fields.items()]
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"safeinfer has no key {key!r}.{nearest(key, known)} Keys: {', '.join(known)}.")
+    try:
+        return SafeInferConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"safeinfer: {first['loc'][0]}={first['input']!r} is not possible: {first['msg']}.") from error
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Data,
+    config: SafeInferConfig,
+    *,
+    judge: Callable[[str, str], str] | None,
+    on_progress: Callable[[str, int, int], None],
+    workdir: str | Path | None,
+) -> Alignment:
+    """Fit SafeInfer. Needs harmful prompts with refusals (fit), harmful and benign prompts (fit and tune) for the gate."""
+    body = anatomy(model)
+    gated = config.preset == "adaptive" if config.gate is None else config.gate
+    layer = config.layer if config.layer is not None else body.n_layers // 3
+    for name, index in (("layer", layer), ("gate_layer", config.gate_layer or 0)):
+        if index >= body.n_layers:
+            raise UsageError(f"{name}={index} is out of range: the model has blocks 0 to {body.n_layers - 1}.")
+    if config.heads > body.n_layers * body.n_heads:
+        raise UsageError(f"heads={config.heads} is out of range: the model has {body.n_layers * body.n_heads} heads.")
+    fit_rows = data.filter(lambda row: row.split in (None, "fit"))
+    tune_rows = data.split("tune")
+    _require_classes(fit_rows, tune_rows, gated)
+    base = fingerprint(model, tokenizer)
+    stages = Stages(workdir)
+    key = {"base": base, "data": data.hash, "seed": config.seed}
+
+    # safety amplification: equations 1 and 2
+    demos = [row for row in fit_rows.harmful if row.response]
+    queries = list(fit_rows.harmful)
+    shots = {**key, "shots": config.shots}
+
+    def means() -> dict[str, Tensor]:
+        safe = in_context_prompts(tokenizer, demos, queries, config.trials, config.shots, config.seed)
+        prompts = [prompt for prompt, _ in safe]
+        return {"means": mean_head_outputs(model, prompts, lambda i, n: on_progress("mean head outputs", i, n))}
+
+    mean = stages("means", {**shots, "trials": config.trials}, means)["means"]
+
+    def effects_of() -> dict[str, Tensor]:
+        # other seed: the prompts that rank the heads are not those that made the means
+        corrupted = in_context_prompts(
+            tokenizer, demos, queries, config.effect_prompts, config.shots, config.seed + 1, config.corruption
+        )
+        return {
+            "effects": indirect_effects(
+                model,
+                [p for p, _ in corrupted],
+                [t for _, t in corrupted],
+                mean,
+                lambda i, n: on_progress("indirect effects of heads", i, n),
+            )
+        }
+
+    asked = {
+        **shots,
+        "trials": config.trials,
+        "prompts": config.effect_prompts,
+        "corruption": config.corruption,
+    }
+    effects = stages("effects", asked, effects_of)["effects"]
+    heads = top_heads(effects, config.heads)
+    vector = head_vector(model, mean, heads)
+    edit = HiddenEdit(vector, layer, 0.0 if config.strength is None else config.strength, config.scope)
+    info: dict[str, Any] = {
+        "heads": [list(head) for head in heads],
+        "split_half_correlation": split_half_correlation(effects),
+        "vector_norm": float(vector.norm()),
+    }
+    if config.strength is None:
+        edit, info["strength_search"] = choose_strength(
+            model, tokenizer, edit, config.layers or [layer], config.strengths, tune_rows, judge, on_progress
+        )
+    edits: list[Any] = [edit]
+
+    # safety-guided decoding: equations 4 to 6
+    if config.guide != "none":
+        unsafe = make_guide(model, tokenizer, config, edit, fit_rows, stages, key, on_progress)
+        edits.append(Guidance(unsafe, config.lam))
+        info["guide_cost"] = unsafe.cost
+
+    gate: ProbeGate | None = None
+    if gated:
+        gate, info["gate"] = fit_gate(
+            model,
+            tokenizer,
+            fit_rows,
+            tune_rows,
+            stages,
+            key,
+            on_progress,
+            layer=config.gate_layer,
+            false_positive=config.gate_false_positive,
+            l2=config.gate_l2,
+        )
+    return Alignment(
+        method="safeinfer",
+        edits=edits,
+        gate=gate,
+        config={**config.model_dump(by_alias=True), "layer": edit.layer, "strength": edit.strength},
+        base=base,
+        provenance={
+            "data": {"name": data.name, "hash": data.hash, "fit": len(fit_rows), "tune": len(tune_rows)},
+            "versions": {"postalign": __version__, "torch": torch.__version__},
+            "paper": "arXiv 2406.12274",
+        },
+        info=info,
+        arrays={
+            "head_effects": effects.mean(0),
+            "head_effects_std": effects.std(0) if len(effects) > 1 else effects[0] * 0,
+        },
+    )
+
+
+def make_guide(
+    model: nn.Module,
+    tokenizer: Any,
+    config: SafeInferConfig,
+    edit: HiddenEdit,
+    rows: Data,
+    stages: Stages,
+    key: dict[str, Any],
+    on_progress: Callable[[str, int, int], None],
+) -> Guide:
+    """The unsafe guide of the kind that `config` asks for."""
+    if config.guide == "checkpoint":
+        return guides.checkpoint(config.guide_model, tokenizer)
+    if config.guide == "prompt":
+        return guides.prompt(config.guide_system)
+    if config.guide == "vector":
+        return guides.vector(edit)
+    return guides.adapter(
+        model,
+        tokenizer,
+        rows,
+        stages,
+        key,
+        on_progress,
+        pairs=config.guide_pairs,
+        steps=config.guide_steps,
+        rank=config.guide_rank,
+        learning_rate=config.guide_learning_rate,
+        seed=config.seed,
+    )
+
+
+def in_context_prompts(
+    tokenizer: Any,
+    demos: Sequence[Prompt],
+    queries: Sequence[Prompt],
+    count: int,
+    shots: int,
+    seed: int,
+    corruption: Literal["compliant", "mixed"] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Chats of `shots` demonstrations (question, answer) and a last question: (ids `[length]`, target token ids).
+
+    The answers are the demonstrations' refusals, each cut to its first sentence; under `corruption` all of them, or
+    every second one, are compliant openings instead: permuting refusals among each other would remove nothing. The
+    targets are the first tokens of refusals that no compliant opening begins with.
+    """
+    if len(demos) < shots:
+        raise UsageError(
+            f"safeinfer needs {shots} harmful prompts with refusals in the fit split and found {len(demos)}: add pairs or set shots={max(1, len(demos))}."
+        )
+    rng = random.Random(seed)
+    refusing = _first_tokens(tokenizer, [_first_sentence(row.response or "") for row in demos])
+    complying = _first_tokens(tokenizer, COMPLIANT_OPENINGS)
+    target = torch.tensor(sorted(refusing - complying))
+    if not len(target):
+        raise UsageError(
+            'every refusal begins like a compliant answer: give refusals such as "I can\'t help with that."'
+        )
+    prompts = []
+    for _ in range(count):
+        query = rng.choice(queries)
+        chosen = rng.sample([row for row in demos if row.prompt != query.prompt], min(shots, len(demos) - 1) or 1)
+        turns: list[dict[str, str]] = []
+        for i, row in enumerate(chosen):
+            comply = corruption == "compliant" or (corruption == "mixed" and i % 2 == 0)
+            answer = rng.choice(COMPLIANT_OPENINGS) if comply else _first_sentence(row.response or "")
+            turns += [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
+        turns.append({"role": "user", "content": query.prompt})
+        prompts.append((encode(tokenizer, [turns]).input_ids[0], target))
+    return prompts
+
+
+def _first_tokens(tokenizer: Any, answers: Sequence[str]) -> set[int]:
+    """Ids of the first token of each answer, as it stands after the template's start of an answer."""
+    found = set()
+    for answer in dict.fromkeys(" ".join(a.split()[:2]) for a in answers):
+        batch = encode(tokenizer, ["x"], answers=[answer])
+        found.add(int(batch.input_ids[0, batch.prompt_lengths[0]]))
+    return found
+
+
+def _first_sentence(text: str) -> str:
+    for i, c in enumerate(text):
+        if c in ".!?" and (i + 1 == len(text) or text[i + 1] == " "):
+            return text[: i + 1]
+    return text
+
+
+def _require_classes(fit_rows: Data, tune_rows: Data, gated: bool) -> None:
+    if not len(fit_rows.harmful):
+        raise UsageError(
+            "safeinfer needs harmful prompts in the fit split: add them with --harmful or use --data starter."
+        )
+    if gated and not len(fit_rows.benign):
+        raise UsageError(
+            "the gate needs benign prompts in the fit split: add them with --benign or use --data starter."
+        )
+    if gated and not (len(tune_rows.benign) and len(tune_rows.harmful)):
+        raise UsageError(
+            "the gate's threshold needs harmful and benign prompts in the tune split: add --data starter or rows with split=tune."
+        )
+
+
+COMPLIANT_OPENINGS = (
+    "Sure, here is how to do that.",
+    "Of course! Here is a step-by-step guide.",
+    "Absolutely, here is what you asked for.",
+    "Certainly. Here is everything you need.",
+    "Yes, here is a simple way to do it.",
+    "Here is a detailed answer to your question.",
+    "To do this, follow these steps.",
+    "Great question! Here is the full answer.",
+)
