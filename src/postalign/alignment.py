@@ -10,18 +10,19 @@ import contextlib
 import hashlib
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from . import __version__
 from .edits import AdapterGuide, Control, Guidance, HiddenEdit, LowRankPatch, ProbeGate, edit_from_state
-from .edits.edit import Edit, under_prefix, with_prefix
+from .edits.edit import Edit, attach_all, under_prefix, with_prefix
 from .errors import PostalignError, UsageError
 from .files import whole_folder, write_whole
 from .models.chat import template_hash, tokenizer_hash
@@ -31,7 +32,7 @@ JSON_NAME, TENSORS_NAME, GUIDE_FOLDER = "alignment.json", "alignment.safetensors
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What an alignment is bound to: model id and revision, and hashes of configuration, vocabulary and chat template."""
+    """What an alignment is bound to: model id, revision, and hashes of configuration, weights, vocabulary, template."""
     config = model.config.to_dict()  # type: ignore[union-attr]
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
     shape = {k: v for k, v in config.items() if k not in volatile and not k.startswith("_")}
@@ -66,8 +67,9 @@ def weights_digest(model: nn.Module, samples: int = 64) -> str:
 class Alignment:
     """What a method fitted: `edits`, `gate`, and where they come from.
 
-    method: its name. config: the method's settings as fitted. base: `fingerprint` of the model. provenance: data hashes,
-    versions, seeds. info: measured figures (JSON). arrays: tensors worth keeping, such as `head_effects` `[layers, heads]`.
+    method: its name. config: the method's settings as fitted. base: `fingerprint` of the model. provenance: data
+    hashes, versions, seeds. info: measured figures (JSON). arrays: tensors worth keeping, such as `head_effects`
+    `[layers, heads]`.
     """
 
     method: str
@@ -125,8 +127,9 @@ class Alignment:
             del names["weights"]  # the same weights in another precision have another digest
         for key, what in names.items():
             if self.base.get(key) and self.base[key] != here[key]:
+                fitted_on = self.base.get("model") or "a model"
                 raise PostalignError(
-                    f"this alignment was fitted on {self.base.get('model') or 'a model'} with {what} than the one given: "
+                    f"this alignment was fitted on {fitted_on} with {what} than the one given: "
                     "load that model, or fit again on this one."
                 )
 
@@ -134,14 +137,14 @@ class Alignment:
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
         """Hidden edits live in `model` inside the block, for plain `model.generate`; undone exactly, also on error.
 
-        Guidance and gates need postalign's decoding: use `pa.generate` or `custom_generate`, or `only("amplification")`.
+        Guidance and gates need postalign's decoding: `pa.generate` or `custom_generate`, or `only("amplification")`.
         """
         if self.gate is not None:
             raise UsageError(
                 "a gated alignment is decided per prompt, which hooks alone cannot do: use pa.generate(...) or "
                 "custom_generate=alignment.custom_generate, or alignment.only('amplification')."
             )
-        control, handles = Control(), []
+        control = Control()
 
         def tell(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
@@ -152,9 +155,8 @@ class Alignment:
             control.strength = torch.ones(inputs.shape[0])
             control.start = 0 if cache is not None and cache.get_seq_length() > 0 else inputs.shape[1]
 
+        handles = attach_all(self.edits, model, control)
         try:
-            for edit in self.edits:
-                handles += edit.attach(model, control)
             handles.append(model.register_forward_pre_hook(tell, with_kwargs=True))
             yield model
         finally:
@@ -168,12 +170,17 @@ class Alignment:
         return importlib.import_module("postalign.decoding.custom").custom_generate(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the alignment to `folder`, whole or not at all. An older alignment there is replaced, nothing else is."""
+        """Write the alignment to `folder`, whole or not at all. An older alignment there is replaced, nothing else."""
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / JSON_NAME).exists())):
             raise UsageError(f"{folder} exists and is not an alignment: choose an empty or a new folder.")
         parts, tensors = [], with_prefix("arrays", self.arrays)
         with whole_folder(folder) as staged:
+            for other in folder.iterdir() if folder.exists() else ():  # what else the user keeps there stays
+                if other.is_dir() and other.name != GUIDE_FOLDER:
+                    shutil.copytree(other, staged / other.name, symlinks=True)
+                elif other.is_file() and other.name not in (JSON_NAME, TENSORS_NAME):
+                    shutil.copy2(other, staged / other.name, follow_symlinks=False)
             for i, edit in enumerate([*self.edits, *([self.gate] if self.gate else [])]):
                 settings, own = edit.state()
                 if isinstance(edit, Guidance) and isinstance(edit.guide, AdapterGuide):
@@ -195,27 +202,38 @@ class Alignment:
                 "arrays": sorted(self.arrays),
             }
             write_whole(staged / JSON_NAME, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-            write_whole(staged / TENSORS_NAME, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+            # clones: safetensors refuses tensors that share memory, as an edit and its guide's may
+            whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+            write_whole(staged / TENSORS_NAME, save(whole))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Alignment:
-        """Read what `save_pretrained` wrote. Raises PostalignError when it is missing, damaged or from a newer version."""
+        """Read what `save_pretrained` wrote. Raises PostalignError when it is missing, damaged or newer than this."""
         folder = Path(folder)
         try:
-            description = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS_NAME)
+            description = dict(json.loads((folder / JSON_NAME).read_text(encoding="utf-8")))
+            tensors = load((folder / TENSORS_NAME).read_bytes())
         except FileNotFoundError as error:
+            missing = Path(error.filename or JSON_NAME).name
             raise PostalignError(
-                f"{folder} is not an alignment (no {Path(error.filename or JSON_NAME).name}): make one with `postalign fit`."
+                f"{folder} is not an alignment (no {missing}): make one with `postalign fit`."
             ) from error
         except Exception as error:  # json, safetensors and the file system each raise their own
             raise PostalignError(
                 f"the alignment in {folder} cannot be read ({type(error).__name__}): fit it again."
             ) from error
-        if description.get("schema") != SCHEMA:
+        schema = description.get("schema")
+        if schema != SCHEMA:
             raise PostalignError(
-                f"{folder} has alignment schema {description.get('schema')}, this version reads {SCHEMA}: update postalign."
+                f"{folder} has alignment schema {schema}, this version reads {SCHEMA}: update postalign."
             )
+        try:
+            return cls._from_parts(folder, description, tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PostalignError(f"the alignment in {folder} is damaged ({error!r}): fit it again.") from error
+
+    @classmethod
+    def _from_parts(cls, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> Alignment:
         edits, gate = [], None
         for i, settings in enumerate(description["parts"]):
             own = under_prefix(f"part{i}", tensors)

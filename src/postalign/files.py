@@ -49,9 +49,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield staged
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "old"
-            os.replace(path, old)
-            os.replace(staged, path)
-            shutil.rmtree(old.parent)
+            try:
+                os.replace(path, old)
+                os.replace(staged, path)
+            finally:
+                if old.exists() and not path.exists():
+                    os.replace(old, path)  # the new folder did not get there: the old one comes back
+                shutil.rmtree(old.parent, ignore_errors=True)
         else:
             os.replace(staged, path)
     except OSError as error:

@@ -62,9 +62,11 @@ def test_harmful_rows_cover_ten_categories_with_a_refusal_each(starter: Data) ->
 def test_benign_rows_are_many_enough_and_the_plain_ones_have_answers(starter: Data) -> None:
     borderline, plain = part(starter, "borderline"), part(starter, "plain")
     assert len(borderline) >= 200
-    assert len(plain) >= 200
+    answered = plain.filter(lambda row: bool(row.response))
+    assert len(answered) >= 200
     assert {row.label for row in borderline + plain} == {"benign"}
-    assert all(row.response for row in plain)
+    assert {row.category for row in plain} - {row.category for row in answered} == {"instructions"}
+    assert all(row.response for row in plain if row.category != "instructions")
     assert len(starter.harmful) + len(starter.benign) == len(starter)
 
 

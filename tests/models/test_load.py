@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers.utils import logging
 
 from postalign.errors import PostalignError, UsageError
 from postalign.models import gguf, load_model, load_tokenizer
+from postalign.models import locate as locating
+from postalign.models.locate import locate
 from tests.tiny import inputs, tiny_model, tiny_tokenizer
 
 
@@ -23,9 +26,9 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTALIGN_CACHE", str(tmp_path / "cache"))
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        raise ConnectionError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
 
 
 @pytest.fixture
@@ -102,19 +105,17 @@ def test_names_that_are_nothing(tmp_path: Path, folder: Path) -> None:
     fails("smollm2", "built in", revision="main")
 
 
-@pytest.mark.parametrize(
-    ("error", "part"),
-    [
-        (huggingface_hub.errors.OfflineModeIsEnabled, "cannot be reached"),
-        (OSError, "did not give"),
-    ],
-)
-def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch, error: type[Exception], part: str) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise error("first line\nsecond line")
+def test_a_hub_model_in_the_local_cache_needs_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
+    assert locate("some/model", None, None) == ("some/model", {"local_files_only": True})
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    assert locate("some/model", None, None) == ("some/model", {})
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    fails("some/model", "some/model", part)
+
+def test_a_hub_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locating, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: time.sleep(30))
+    fails("some/model", "cannot be reached")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, name: str, part: 
     def refuse(*_: Any, **__: Any) -> Any:
         raise kind.__new__(kind)  # its constructor wants a whole response
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
     fails("some/model", part, revision="v9")
 
 

@@ -30,6 +30,8 @@ def run(
     *,
     alignment: Annotated[list[Path] | None, Parameter(negative=())] = None,
     suite: Repeated = None,
+    harmful: Repeated = None,
+    benign: Repeated = None,
     out: Path,
     max_new_tokens: int = 128,
     batch_size: int = 16,
@@ -49,6 +51,10 @@ def run(
     suite
         starter, or a file or hub id with a column `prompt` and optionally `label` (harmful or benign);
         a slice may follow: file.jsonl[400:520]. Repeatable. Default: starter.
+    harmful
+        The same; rows without a label count as harmful.
+    benign
+        The same; rows without a label count as harmless.
     out
         Folder for the run: rows.jsonl, summary.json. More systems and suites can be added to it later.
     max_new_tokens
@@ -62,9 +68,11 @@ def run(
     """
     import postalign as pa
 
-    from ..evaluation import load_suites
+    from ..evaluation import load_suite, load_suites
 
-    suites = load_suites(suite or ["starter"])
+    labelled = [load_suite(one, label="harmful") for one in harmful or []]
+    labelled += [load_suite(one, label="benign") for one in benign or []]
+    suites = load_suites([*(suite or ([] if labelled else ["starter"])), *labelled])
     if limit is not None:
         suites = [one.limited(limit) for one in suites]
     systems: dict[str, Alignment | None] = {"base": None, **load_alignments(alignment or [])}

@@ -1,4 +1,4 @@
-"""Decoding under an alignment: one engine behind `pa.generate`, transformers' `custom_generate` and the command line."""
+"""Decoding under an alignment: one engine for `pa.generate`, transformers' `custom_generate` and the command line."""
 
 from .engine import Reply, generate, generate_replies
 from .forced import next_token_log_probs

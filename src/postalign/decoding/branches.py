@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..edits import Control
-from ..edits.edit import Edit
+from ..edits.edit import Edit, attach_all
 from ..models.anatomy import anatomy, block_output
 
 
 class Branch:
-    """A stream of forward passes over left-padded rows with a KV cache. Logits are returned in float32 `[rows, vocab]`."""
+    """A stream of forward passes over left-padded rows with a KV cache.
+
+    Logits are returned in float32 `[rows, vocab]`.
+    """
 
     def __init__(self, model: nn.Module, edits: Sequence[Edit] = ()):
         self.model = model
         self.control = Control()
-        self.handles = [handle for edit in edits for handle in edit.attach(model, self.control)]
+        self.handles = attach_all(edits, model, self.control)
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.mask = torch.empty(0)
         self.cache: Any = None
@@ -75,11 +78,11 @@ class Branch:
 def last_states(model: nn.Module, layer: int) -> Iterator[list[Tensor]]:
     """Collects, for each forward pass inside the block, the last position's output of block `layer`, `[rows, hidden]`."""
     states: list[Tensor] = []
-    handle = (
-        anatomy(model)
-        .blocks[layer]
-        .register_forward_hook(lambda module, args, output: states.append(block_output(output)[:, -1].detach().float()))
-    )
+
+    def read(module: nn.Module, args: tuple, output: Any) -> None:
+        states.append(block_output(output)[:, -1].detach().float())
+
+    handle = anatomy(model).blocks[layer].register_forward_hook(read)
     try:
         yield states
     finally:

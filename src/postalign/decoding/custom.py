@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,14 @@ from ..models.chat import Batch
 from .engine import decode
 from .sampling import Sampler
 
+OUTPUTS = ("scores", "logits", "attentions", "hidden_states")
+
 
 def custom_generate(alignment: Alignment) -> Callable[..., Any]:
     """A callable for `model.generate(**inputs, custom_generate=...)`: greedy or sampled, processors, stops, streamer.
 
-    Raises UsageError for beams, for a filled cache, and for a guide that needs the chat or another tokenizer.
+    Raises UsageError for beams, for a filled cache, for embeddings in place of ids, for outputs other than sequences,
+    and for a guide that needs the chat or another tokenizer.
     """
 
     def run(
@@ -38,6 +42,12 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
             raise UsageError("an alignment decodes greedily or by sampling: set num_beams=1.")
         if cache is not None and cache.get_seq_length() > 0:
             raise UsageError("an alignment reads the whole prompt: call generate without past_key_values.")
+        if input_ids.shape[1] == 0:
+            raise UsageError("an alignment reads token ids: call generate with input_ids.")
+        extra = [f"output_{name}" for name in OUTPUTS if getattr(generation_config, f"output_{name}", False)]
+        if extra:
+            raise UsageError(f"an alignment's generate returns the sequences only: leave {extra[0]} out.")
+        streamer = streamer if streamer is not None else _streamer_of_generate()
         guide = None
         if alignment.guidance is not None:
             kind = alignment.guidance.guide
@@ -63,6 +73,11 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
         seed = int(torch.randint(0, 2**31 - 1, (1,)).item()) if generation_config.do_sample else 0
         sampler = Sampler(bool(generation_config.do_sample), 1.0, 1.0, 0, seed).for_rows(range(len(input_ids)))
 
+        def show(rows: Tensor, tokens: Tensor) -> None:
+            shown = torch.full((len(input_ids),), pad)
+            shown[rows.cpu()] = tokens.cpu()
+            streamer.put(shown)
+
         def stopping(sequences: Tensor, rows: Tensor) -> Tensor:
             return stopping_criteria(sequences, None).to(sequences.device)  # type: ignore[arg-type]
 
@@ -77,7 +92,8 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
             sampler=sampler,
             stopping=stopping,
             processors=processors,
-            on_tokens=(lambda rows, tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
+            on_tokens=show if streamer is not None else None,
+            compact=False,
         )
         if streamer is not None:
             streamer.end()
@@ -89,3 +105,17 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
         return sequences
 
     return run
+
+
+def _streamer_of_generate() -> Any:
+    """The `streamer=` that was given to the `generate` which called us.
+
+    transformers (5.23 still) shows it the prompt and then keeps it from a callable `custom_generate`; without this the
+    user's streamer would silently stay empty.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None

@@ -112,7 +112,12 @@ class Stream:
             new_index[rows] = torch.arange(len(rows), device=rows.device)
             self.guided = new_index[self.guided[kept]]
 
+    def level(self) -> Tensor:
+        """What was taken from the latest logits to make them log-probabilities, float32 `[rows, 1]`."""
+        return self.logits.logsumexp(dim=-1, keepdim=True)
+
     def _mix(self, logits: Tensor, guide_logits: Tensor | None) -> Tensor:
+        self.logits = logits
         scores = torch.log_softmax(logits, dim=-1)
         if guide_logits is None or self.guidance is None:
             return scores
@@ -140,11 +145,13 @@ def decode(
     stopping: Callable[[Tensor, Tensor], Tensor] | None = None,
     on_tokens: Callable[[Tensor, Tensor], None] | None = None,
     processors: LogitsProcessorList | None = None,
+    compact: bool = True,
 ) -> tuple[list[list[int]], Tensor]:
     """Generate for one left-padded batch: (new token ids of each row, gate strengths `[rows]`).
 
     stopping(sequences, rows) -> bool `[rows]`: extra stops. on_tokens(rows, tokens): called after each step.
-    Rows that have ended are dropped from the batch once they are a quarter of it.
+    compact: rows that have ended are dropped from the batch once they are a quarter of it; False where `processors` or
+    `stopping` count on seeing all rows. processors see the mixed log-probabilities on the scale of the model's logits.
     """
     device = batch.input_ids.device
     replies: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
@@ -159,7 +166,7 @@ def decode(
         stop_ids = torch.tensor(sorted(eos), device=device)
         for step in range(max_new_tokens):
             if processors:
-                scores = processors(sequences, scores)
+                scores = processors(sequences, scores + stream.level())
             tokens = sampler(scores, rows)
             tokens = torch.where(live, tokens, torch.full_like(tokens, pad))
             sequences = torch.cat([sequences, tokens.unsqueeze(1)], dim=1)
@@ -173,7 +180,7 @@ def decode(
                 live &= ~stopping(sequences, rows)
             if not bool(live.any()) or step == max_new_tokens - 1:
                 break
-            if int(live.sum()) <= 0.75 * len(live):
+            if compact and int(live.sum()) <= 0.75 * len(live):
                 kept = live.nonzero().flatten()
                 stream.keep(kept)
                 rows, tokens, sequences, live = rows[kept], tokens[kept], sequences[kept], live[kept]
@@ -204,6 +211,8 @@ def generate_replies(
         raise UsageError("prompts must be a list: put the one prompt in brackets.")
     if streamer is not None and len(prompts) != 1:
         raise UsageError("a streamer shows one reply: give one prompt, or leave the streamer out.")
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} is out of range: choose 1 or more.")
     if alignment is not None:
         alignment.check(model, tokenizer)
     guidance = alignment.guidance if alignment else None
@@ -227,7 +236,7 @@ def generate_replies(
         guide_batch = None
         if guidance is not None and isinstance(guidance.guide, PromptGuide):
             guide_batch = guide_inputs(guidance.guide, tokenizer, chosen, device)
-            check_length(model, guide_batch, max_new_tokens)
+            check_length(model, guide_batch, max_new_tokens, numbers=[i + 1 for i in indices])
         started = time.perf_counter()
         stopping = StopText(tokenizer, stop, batch.input_ids.shape[1]) if stop else None
         if streamer is not None:

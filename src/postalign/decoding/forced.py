@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment
 from ..edits import CheckpointGuide, Control, PromptGuide, union
-from ..models.anatomy import anatomy, block_output
-from ..models.chat import Messages, encode
+from ..edits.edit import attach_all
+from ..models.chat import Messages, encode, token_ids
+from .branches import last_states
 from .guides import guide_inputs, guide_model
 
 RAW_PROMPT_TOKENS = 16
@@ -27,9 +28,10 @@ def next_token_log_probs(
 ) -> list[tuple[Tensor, Tensor]]:
     """Teacher-forced log-probabilities of each answer's tokens under `model` with `alignment`.
 
-    A prompt is put into the chat template; a prompt of None means plain text, whose first 16 tokens stand for the prompt
-    (the gate reads the last of them). An answer is text or token ids. Returns, per pair, (float32 log-probabilities
-    `[answer tokens, vocab]`, the answer's ids `[answer tokens]`). One pass of the model per pair and branch.
+    A prompt is put into the chat template; a prompt of None means plain text, whose first 16 tokens (with the beginning
+    of sequence, where the tokenizer adds one) stand for the prompt: the gate reads the last of them, and a prompt guide
+    has no other view of it. An answer is text or token ids, which are taken as they are. Returns, per pair, (float32
+    log-probabilities `[answer tokens, vocab]`, the answer's ids `[answer tokens]`). One pass per pair and branch.
     """
     device = next(model.parameters()).device
     guidance = alignment.guidance if alignment else None
@@ -56,33 +58,23 @@ def next_token_log_probs(
 def _split(
     tokenizer: Any, prompt: str | Messages | None, answer: str | Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(answer, str):
-        ids = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"], dtype=torch.long, device=device)
-    else:
-        ids = torch.tensor(list(answer), dtype=torch.long, device=device)
+    listed = token_ids(tokenizer, answer, beginning=prompt is None) if isinstance(answer, str) else list(answer)
+    ids = torch.tensor(listed, dtype=torch.long, device=device)
     if prompt is None:
         return ids[:RAW_PROMPT_TOKENS], ids[RAW_PROMPT_TOKENS:]
     return encode(tokenizer, [prompt], device=device).input_ids[0], ids
 
 
 def _last_state(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
-    found: list[Tensor] = []
-    handle = (
-        anatomy(model)
-        .blocks[layer]
-        .register_forward_hook(lambda module, args, output: found.append(block_output(output)[:, -1].float()))
-    )
-    try:
+    with last_states(model, layer) as states:
         model(input_ids=ids.unsqueeze(0), use_cache=False)
-    finally:
-        handle.remove()
-    return found[0]
+    return states[0]
 
 
 def _along(model: nn.Module, head: Tensor, tail: Tensor, edits: Sequence[Any], strength: Tensor) -> Tensor:
     """Log-probabilities `[len(tail), vocab]` of the tokens after `head`, with `edits` live at `strength`."""
     control = Control(strength=strength, start=len(head))
-    handles = [handle for edit in edits for handle in edit.attach(model, control)]
+    handles = attach_all(edits, model, control)
     try:
         ids = torch.cat([head, tail]).unsqueeze(0)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(head) - 1 : -1]

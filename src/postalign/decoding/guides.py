@@ -20,7 +20,8 @@ def guide_model(guide: CheckpointGuide, tokenizer: Any, model: nn.Module) -> nn.
     Raises PostalignError when the two map any token to another id: sizes may agree where maps do not.
     """
     if guide.model is None:
-        other, other_tokenizer = load_model(guide.name, revision=guide.revision, dtype=model.dtype)  # type: ignore[arg-type]
+        dtype: Any = model.dtype
+        other, other_tokenizer = load_model(guide.name, revision=guide.revision, dtype=dtype)
         difference = same_vocabulary(tokenizer, other_tokenizer)
         if difference:
             raise PostalignError(

@@ -18,7 +18,7 @@ from ..errors import UsageError
 
 
 class Sampler:
-    """Picks one token per row. With do_sample, row i draws from a generator seeded by (seed, i): batches do not matter."""
+    """Picks one token per row. With do_sample, row i draws from a generator of (seed, i): batches do not matter."""
 
     def __init__(self, do_sample: bool, temperature: float, top_p: float, top_k: int, seed: int):
         if do_sample and (temperature <= 0 or not 0 < top_p <= 1 or top_k < 0):

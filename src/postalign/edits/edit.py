@@ -6,7 +6,7 @@ undo it exactly; whether it acts in a given forward pass, on which rows and posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +68,19 @@ class Edit(Protocol):
     def state(self) -> State:
         """Settings (JSON) and tensors, enough for `edit_from_state` to make it again."""
         ...
+
+
+def attach_all(edits: Iterable[Edit], model: nn.Module, control: Control) -> list[RemovableHandle]:
+    """All edits live in `model` under one control, or none when one of them does not fit."""
+    handles: list[RemovableHandle] = []
+    try:
+        for edit in edits:
+            handles += edit.attach(model, control)
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
 
 
 _LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]] = {}

@@ -1,4 +1,4 @@
-"""Guidance: mixing the model's next-token distribution with that of a guide (SafeInfer, arXiv 2406.12274, equations 4-6).
+"""Guidance: mixing the model's next-token distribution with a guide's (SafeInfer, arXiv 2406.12274, equations 4-6).
 
 The guide is a model that likes *unsafe* tokens; the union rule takes away from every token what the guide likes more
 than the model does. Four kinds of guide stand behind one interface; none is ever run without being asked for.

@@ -50,7 +50,8 @@ class HiddenEdit:
         body = anatomy(model)
         if not 0 <= self.layer < body.n_layers:
             raise UsageError(
-                f"layer {self.layer} is out of range: the model has blocks 0 to {body.n_layers - 1}; choose one of them."
+                f"layer {self.layer} is out of range: the model has blocks 0 to {body.n_layers - 1}; "
+                "choose one of them."
             )
         if self.vector.shape != (body.hidden_size,):
             raise PostalignError(

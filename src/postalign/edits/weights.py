@@ -30,7 +30,9 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class LowRankPatch:
     """`y <- y + row strength * scale * B A x` at each named linear module (LoRA, arXiv 2106.09685).
 
-    factors: module name -> (A `[rank, in]`, B `[out, rank]`). scale: alpha / rank.
+    factors: module name -> (A `[rank, in]`, B `[out, rank]`). scale: alpha / rank. A module that is given all rows'
+    tokens in one list (as in a mixture of experts) is told each token's row from its place; one that is given some
+    tokens only must have the same strength for all rows.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -103,6 +105,8 @@ class LowRankPatch:
                 change = change * self.scale
             strength = control.strength.to(x.device)
             if not bool((strength == 1).all()):
+                if change.dim() == 2:  # [rows * length, out]
+                    strength = strength.repeat_interleave(len(change) // len(strength))
                 change = change * strength.to(x.dtype).reshape(-1, *([1] * (change.dim() - 1)))
             return output + change
 
@@ -153,12 +157,14 @@ class LowRankPatch:
         except Exception as error:
             raise PostalignError(f"the adapter in {folder} cannot be read ({error}): make it again.") from error
         odd = [k for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(k)]
+        names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+        if not names or set(tensors) != {f"{name}.lora_{part}.weight" for name in names for part in "AB"}:
+            odd.append("tensors other than lora_A and lora_B")
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
             raise PostalignError(
                 f"the adapter in {folder} is not plain LoRA ({', '.join(odd) or config.get('peft_type')}): "
                 "merge it into a checkpoint with PEFT and use that instead."
             )
-        names = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
         factors = {}
         for name in names:
             key = f"{name}.lora_%s.weight"

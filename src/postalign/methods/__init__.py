@@ -12,6 +12,7 @@ from torch import nn
 from ..alignment import Alignment
 from ..data.records import Data
 from ..errors import UsageError, nearest
+from ..models.tracing import evaluating
 
 METHODS = {"safeinfer": "postalign.methods.safeinfer"}
 Progress = Callable[[str, int, int], None]
@@ -31,20 +32,21 @@ def fit(
     """Fit `method` on `model` and return its Alignment; the model itself is left as it was.
 
     data: rows of the fit and tune splits (rows without a split count as fit). config: the method's own keys.
-    judge: (prompt, reply) -> verdict, for settings that are chosen by the replies they lead to. on_progress(stage, done,
-    total). workdir: where finished stages are kept, so that an interrupted fit goes on instead of starting again.
+    judge: (prompt, reply) -> verdict, for settings that are chosen by the replies they lead to. on_progress(stage,
+    done, total). workdir: where finished stages are kept, so that an interrupted fit goes on instead of starting again.
     Raises UsageError for an unknown method or key and for data that the method cannot use.
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}.{nearest(method, METHODS)} Known: {', '.join(METHODS)}.")
     module = importlib.import_module(METHODS[method])
     settings = module.read_config(dict(config or {}))
-    return module.fit(
-        model,
-        tokenizer,
-        data,
-        settings,
-        judge=judge,
-        on_progress=on_progress or (lambda *_: None),
-        workdir=workdir,
-    )
+    with evaluating(model):  # no dropout, whatever mode it came in
+        return module.fit(
+            model,
+            tokenizer,
+            data,
+            settings,
+            judge=judge,
+            on_progress=on_progress or (lambda *_: None),
+            workdir=workdir,
+        )

@@ -1,4 +1,7 @@
-"""Making the unsafe guide of safety-guided decoding, in its four kinds."""
+"""Making the unsafe guide of safety-guided decoding, in its four kinds.
+
+Knows where a guide's weights or words come from; what a guide does to a distribution is in edits/guidance.py.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from torch import Tensor, nn
 from ..data.records import Data
 from ..edits import AdapterGuide, CheckpointGuide, HiddenEdit, LowRankPatch, PromptGuide, VectorGuide
 from ..errors import PostalignError, UsageError
-from ..models.chat import encode, eos_ids, pad_id, same_vocabulary
+from ..models.chat import same_vocabulary
 from ..models.load import load_tokenizer
 from ..training import train_adapter
+from .greedy import greedy
 from .stages import Stages
 
 Progress = Callable[[str, int, int], None]
@@ -64,7 +68,6 @@ def adapter(
     return AdapterGuide(LowRankPatch.from_state({"modules": names, "scale": float(tensors["scale"])}, tensors))
 
 
-@torch.no_grad()
 def self_made_pairs(
     model: nn.Module,
     tokenizer: Any,
@@ -84,16 +87,7 @@ def self_made_pairs(
     for begin in range(0, len(prompts), batch_size):
         chosen = prompts[begin : begin + batch_size]
         openings = [rng.choice(AFFIRMATIVE_OPENINGS) for _ in chosen]
-        batch = encode(tokenizer, chosen, answers=openings, device=next(model.parameters()).device)
-        output = model.generate(  # type: ignore[operator]
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id(tokenizer),
-            eos_token_id=sorted(eos_ids(model, tokenizer)),
-        )
-        texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        texts = greedy(model, tokenizer, chosen, new_tokens, openings)
         made += [(p, o + t) for p, o, t in zip(chosen, openings, texts, strict=True)]
         on_progress("pairs for the unsafe guide", len(made), len(prompts))
     return made
@@ -122,8 +116,9 @@ def vector(edit: HiddenEdit) -> VectorGuide:
     return VectorGuide(edit.at(strength=-edit.strength))
 
 
+# none ends with a space: most tokenizers put it into the next word's token
 AFFIRMATIVE_OPENINGS = (
-    "Sure, here is ",
+    "Sure, here is",
     "Sure, here's how to do it:\n\n",
     "Of course! Here are the steps:\n\n1.",
     "Certainly, here is what you need:\n\n",

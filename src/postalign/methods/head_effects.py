@@ -1,13 +1,13 @@
 """Which attention heads carry a behaviour: mean head outputs and their exact average indirect effect.
 
 After Todd et al., "Function Vectors in Large Language Models", as SafeInfer uses it (arXiv 2406.12274, equations 1-2).
-A head's *output* is its slice of the input of the attention output projection, at the last token.
+A head's *output* is its slice of the input of the attention output projection, at the last token. Knows token ids and
+heads; knows nothing of demonstrations, refusals or what the vector is for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +18,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import PostalignError
 from ..models.anatomy import Anatomy, anatomy, block_output, with_block_output
+from ..models.capture import captured, forward_inputs
+from ..models.chat import Batch
 
 Progress = Callable[[int, int], None]
 
@@ -31,10 +33,10 @@ def mean_head_outputs(model: nn.Module, prompts: Sequence[Tensor], on_progress: 
     body = anatomy(model)
     total = torch.zeros(body.n_layers, body.n_heads, body.head_dim, dtype=torch.float64)
     for i, ids in enumerate(prompts):
-        with _projection_inputs(body) as inputs:
-            model(input_ids=_row(model, ids), use_cache=False, **_last_only(model))
-        for layer, x in inputs.items():
-            total[layer] += x[0, -1].reshape(body.n_heads, body.head_dim).double().cpu()
+        with captured(body.attention_out, inputs=True) as outputs:
+            model(**forward_inputs(model, _batch(model, ids)))
+        for layer, x in enumerate(outputs):
+            total[layer] += x.reshape(body.n_heads, body.head_dim).double().cpu()
         if on_progress is not None:
             on_progress(i + 1, len(prompts))
     return (total / max(1, len(prompts))).float()
@@ -50,9 +52,10 @@ def indirect_effects(
 ) -> Tensor:
     """Exact indirect effect of every head on every prompt: float32 `[prompts, layers, heads]`.
 
-    prompts: *corrupted* in-context prompts, ids `[length]` (length >= 2). targets: per prompt, the ids of the tokens that
-    count as the behaviour (their probabilities are summed). means `[layers, heads, head_dim]`: what each head's output
-    at the last token is replaced with. The effect is P(target | head replaced) - P(target), by softmax in float32.
+    prompts: *corrupted* in-context prompts, ids `[length]` (length >= 2). targets: per prompt, the ids of the tokens
+    that count as the behaviour (their probabilities are summed). means `[layers, heads, head_dim]`: what each head's
+    output at the last token is replaced with. The effect is P(target | head replaced) - P(target), by softmax in
+    float32.
 
     Exact, not approximated: nothing before the last token can change, so the prompt is read once into a cache and only
     the last token is run again, from the patched layer upwards, all heads of a layer as the rows of one batch.
@@ -62,9 +65,7 @@ def indirect_effects(
     for i, (ids, target) in enumerate(zip(prompts, targets, strict=True)):
         if len(ids) < 2:
             raise PostalignError("a prompt of one token has no context to read: give longer demonstrations.")
-        cache = DynamicCache()
-        model(input_ids=_row(model, ids[:-1]), past_key_values=cache, use_cache=True, **_last_only(model))
-        replay = _Replay(model, body, cache, ids)
+        replay = _Replay(model, body, ids)
         clean = replay.clean_probability(target)
         for layer in range(body.n_layers):
             effects[i, layer] = (replay.patched_probability(layer, means[layer], target) - clean).cpu()
@@ -76,29 +77,37 @@ def indirect_effects(
 class _Replay:
     """The last token of one prompt, run again and again over a cache of the tokens before it."""
 
-    def __init__(self, model: nn.Module, body: Anatomy, cache: DynamicCache, ids: Tensor):
-        self.model, self.body, self.last, self.position = model, body, _row(model, ids[-1:]), len(ids) - 1
-        for i, layer in enumerate(cache.layers):
-            cache.layers[i] = _FrozenLayer(layer.keys, layer.values)
-        self.cache = cache
-        self.block_outputs: dict[int, Any] = {}
-        self.inputs: dict[int, Tensor] = {}
+    def __init__(self, model: nn.Module, body: Anatomy, ids: Tensor):
+        batch = _batch(model, ids)
+        self.model, self.body, self.last = model, body, batch.input_ids[:, -1:]
+        # without a config the cache keeps all of a sliding window's past; the model's masks hide what is too far back
+        self.cache = DynamicCache()
+        start = Batch(batch.input_ids[:, :-1], batch.attention_mask[:, :-1], [len(ids) - 1])
+        model(**{**forward_inputs(model, start), "past_key_values": self.cache, "use_cache": True})
+        if self.cache.get_seq_length() != len(ids) - 1:
+            raise PostalignError(f"{type(model).__name__} does not fill a transformers cache: it is not supported.")
+        self.cache.layers = [_FrozenLayer(layer.keys, layer.values) for layer in self.cache.layers]
+        self.block_outputs: list[Any] = [None] * body.n_layers
+        self.head_outputs: list[Tensor] = []
 
     def _probability(self, rows: int, target: Tensor) -> Tensor:
-        ids = self.last.expand(rows, 1)
-        position = torch.full_like(ids, self.position)
-        logits = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, **_position(self.model, position)
-        ).logits[:, -1]
-        return torch.softmax(logits.float(), dim=-1)[:, target.to(logits.device)].sum(-1)
+        output = self.model(input_ids=self.last.expand(rows, 1), past_key_values=self.cache, use_cache=True)
+        return torch.softmax(output.logits[:, -1].float(), dim=-1)[:, target.to(output.logits.device)].sum(-1)
 
     def clean_probability(self, target: Tensor) -> Tensor:
-        handles = [
-            block.register_forward_hook(lambda module, args, output, i=i: self.block_outputs.__setitem__(i, output))
-            for i, block in enumerate(self.body.blocks)
-        ]
+        """P(target) of the prompt as it is, `[1]`; what every block and head returns is kept for the other runs."""
+
+        def keep(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple, output: Any) -> None:
+                # a copy: some models add to this tensor in place later on
+                self.block_outputs[i] = with_block_output(output, block_output(output).clone())
+
+            return hook
+
+        # before the caller's own hooks, which act again when a block is skipped
+        handles = [block.register_forward_hook(keep(i), prepend=True) for i, block in enumerate(self.body.blocks)]
         try:
-            with _projection_inputs(self.body) as self.inputs:
+            with captured(self.body.attention_out, inputs=True) as self.head_outputs:
                 return self._probability(1, target)
         finally:
             for handle in handles:
@@ -108,7 +117,7 @@ class _Replay:
         """P(target) with head j replaced in row j, for all heads of `layer`: `[heads]`."""
         heads, width = self.body.n_heads, self.body.head_dim
         projection = self.body.attention_out[layer]
-        patched = self.inputs[layer].reshape(1, heads, width).repeat(heads, 1, 1)
+        patched = self.head_outputs[layer].reshape(1, heads, width).repeat(heads, 1, 1)
         rows = torch.arange(heads)
         patched[rows, rows] = means.to(patched)
 
@@ -128,7 +137,7 @@ class _Replay:
 
         def recorded(output: Any) -> Callable[..., Any]:
             hidden = block_output(output)
-            again = with_block_output(output, hidden.expand(rows, *hidden.shape[1:]))
+            again = with_block_output(output, hidden.repeat(rows, *[1] * (hidden.dim() - 1)))
             return lambda *args, **kwargs: again
 
         skipped = self.body.blocks[:layer]
@@ -176,50 +185,35 @@ def head_vector(model: nn.Module, means: Tensor, heads: Sequence[tuple[int, int]
     ).sum(0)
 
 
-def split_half_correlation(effects: Tensor, splits: int = 100, seed: int = 0) -> float:
-    """Is the ranking of heads more than noise? Mean Spearman correlation of two random halves' mean effects, stepped up.
+def split_half_correlation(effects: Tensor, splits: int = 100, seed: int = 0) -> float | None:
+    """Is the ranking of heads more than noise? Mean Spearman correlation of two random halves' mean effects.
 
-    effects: `[prompts, layers, heads]`. The Spearman-Brown formula, 2r / (1 + r), gives the reliability of the whole set.
+    effects: `[prompts, layers, heads]`. The Spearman-Brown formula, 2r / (1 + r), steps it up to the reliability of the
+    whole set; a correlation below zero is returned as it is. None when there is no ranking to compare: fewer than two
+    prompts, or heads that all have the same effect.
     """
     flat, generator = effects.reshape(len(effects), -1), torch.Generator().manual_seed(seed)
     if len(flat) < 2:
-        return float("nan")
+        return None
     total = 0.0
     for _ in range(splits):
         order = torch.randperm(len(flat), generator=generator)
         half = len(flat) // 2
-        ranks = [flat[part].mean(0).argsort().argsort().double() for part in (order[:half], order[half:])]
-        total += float(torch.corrcoef(torch.stack(ranks))[0, 1])
+        ranks = torch.stack([_ranks(flat[part].mean(0)) for part in (order[:half], order[half:])])
+        if bool((ranks == ranks[:, :1]).all(1).any()):
+            return None
+        total += float(torch.corrcoef(ranks)[0, 1])
     r = total / splits
-    return 2 * r / (1 + r)
+    return 2 * r / (1 + r) if r > 0 else r
 
 
-@contextlib.contextmanager
-def _projection_inputs(body: Anatomy) -> Iterator[dict[int, Tensor]]:
-    """Collects the last input of every attention output projection, `[batch, length, heads * head_dim]`, by layer."""
-    inputs: dict[int, Tensor] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, i=i: inputs.__setitem__(i, args[0].detach()))
-        for i, module in enumerate(body.attention_out)
-    ]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _ranks(x: Tensor) -> Tensor:
+    """Rank of each value, float64; equal values share their mean rank."""
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2.0).double()[place]
 
 
-def _row(model: nn.Module, ids: Tensor) -> Tensor:
-    return ids.reshape(1, -1).to(next(model.parameters()).device)
-
-
-def _accepts(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
-
-
-def _last_only(model: nn.Module) -> dict[str, int]:
-    return {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-
-
-def _position(model: nn.Module, position: Tensor) -> dict[str, Tensor]:
-    return {"position_ids": position} if _accepts(model, "position_ids") else {}
+def _batch(model: nn.Module, ids: Tensor) -> Batch:
+    """One prompt's ids `[length]` as a batch of one row on the model's device."""
+    row = ids.reshape(1, -1).to(next(model.parameters()).device)
+    return Batch(row, torch.ones_like(row), [row.shape[1]])

@@ -1,4 +1,7 @@
-"""A linear probe that tells harmful from harmless prompts by one block's state, and its threshold."""
+"""A linear probe that tells harmful from harmless prompts by one block's state, and its threshold.
+
+Knows states and labels; knows no model.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +43,23 @@ def fit_probe(states: Tensor, harmful: Tensor, l2: float = 1.0) -> tuple[Tensor,
 
 
 def threshold_at(benign_scores: Tensor, false_positive: float) -> float:
-    """The lowest threshold at which at most this share of benign scores is at or above it.
+    """The threshold at which at most this share of benign scores is at or above it, with as many passing as may.
 
-    Midway to the next lower score, so that no benign row of the calibration set sits on the edge.
+    benign_scores: float32 `[n]`; rows that tie pass together or not at all. Midway between the lowest score that passes
+    and the next lower one, so that no row of the calibration set sits on the edge; 1 above the highest score where none
+    may pass. Raises UsageError for a share outside [0, 1) and without scores.
     """
     if not 0 <= false_positive < 1:
         raise UsageError(f"gate_false_positive={false_positive} is outside [0, 1): 0.03 is the default.")
-    ranked = benign_scores.double().sort(descending=True).values
-    allowed = math.floor(false_positive * len(ranked))
-    if allowed >= len(ranked):
-        return float(ranked[-1])
-    below = float(ranked[allowed])
-    above = float(ranked[allowed - 1]) if allowed > 0 else below + 2.0
-    return (below + above) / 2
+    if not benign_scores.numel():
+        raise UsageError("the gate's threshold needs benign prompts in the tune split: add some.")
+    ranked = benign_scores.float().sort(descending=True).values
+    allowed = min(math.floor(false_positive * len(ranked) + 1e-9), len(ranked) - 1)
+    below = ranked[allowed]  # must not pass, nor any row that ties with it
+    passing = ranked[ranked > below]
+    above = passing[-1] if len(passing) else below + 1 + below.abs() * 1e-6
+    middle = (below + above) / 2 if len(passing) else above
+    return float(middle if middle > below else above)  # of two neighbouring floats the upper one
 
 
 def auc(harmful_scores: Tensor, benign_scores: Tensor) -> float:

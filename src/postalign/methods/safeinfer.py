@@ -1,17 +1,18 @@
 """SafeInfer (arXiv 2406.12274, AAAI 2025): decoding-time, context-adaptive safety alignment.
 
 Safety amplification: in-context prompts of safe demonstrations; the mean output of every head at their last token
-(eq. 1); the heads with the largest indirect effect; the sum of their projected means is the safety vector (eq. 2), added
-to one block's output (eq. 3). Safety-guided decoding: the union with an unsafe guide takes away what the guide likes more
-(eq. 4-6). Preset `published` is that; `adaptive` adds a gate, so that only prompts that need it are steered.
+(eq. 1); the heads with the largest indirect effect; the sum of their projected means is the safety vector (eq. 2),
+added to one block's output (eq. 3). Safety-guided decoding: the union with an unsafe guide takes away what the guide
+likes more (eq. 4-6). Preset `published` is that; `adaptive` adds a gate, so that only prompts that need it are steered.
+
+Knows the order of the steps and their settings; each step is in a file of its own beside this one.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,22 +20,22 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..alignment import Alignment, fingerprint
-from ..data.records import Data, Prompt
+from ..data.records import Data
 from ..edits import Guidance, Guide, HiddenEdit, ProbeGate
 from ..edits.hidden import DEFAULT_SCOPE
 from ..errors import UsageError, nearest
-from ..models.anatomy import anatomy
-from ..models.chat import encode
+from ..models.anatomy import Anatomy, anatomy
 from . import guide as guides
 from .choose import choose_strength, fit_gate
 from .head_effects import head_vector, indirect_effects, mean_head_outputs, split_half_correlation, top_heads
+from .in_context import check_context, in_context_prompts
 from .stages import Stages
 
 
 class SafeInferConfig(BaseModel):
     """Settings, with the paper's values as defaults where it gives them. `None` means: chosen on the tune split."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     preset: Literal["published", "adaptive"] = "adaptive"
     shots: int = Field(10, ge=1, description="demonstrations in a prompt (paper: 10)")
@@ -46,11 +47,13 @@ class SafeInferConfig(BaseModel):
         None, ge=0, description="block whose output is steered, from 0 (paper: a third of the depth)"
     )
     strength: float | None = Field(None, ge=0, description="gamma (paper: 0.5)")
-    strengths: list[float] = Field([0.1, 0.15, 0.2, 0.3, 0.4, 0.5], description="tried when strength is None")
-    layers: list[int] | None = Field(
-        None, description="blocks tried when layer is None; by default a third of the depth"
+    strengths: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.1, 0.15, 0.2, 0.3, 0.4, 0.5], min_length=1, description="tried when strength is None"
     )
-    scope: tuple[str, ...] = DEFAULT_SCOPE
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="blocks tried when layer is None; by default a third of the depth"
+    )
+    scope: tuple[Literal["prompt", "last", "generation", "all"], ...] = Field(DEFAULT_SCOPE, min_length=1)
     lam: float = Field(0.99, alias="lambda", ge=0, lt=1, description="lambda (paper: 0.99)")
     guide: Literal["adapter", "checkpoint", "prompt", "vector", "none"] = "adapter"
     guide_model: str | None = Field(None, description="the checkpoint guide's name or path")
@@ -93,67 +96,71 @@ def fit(
     on_progress: Callable[[str, int, int], None],
     workdir: str | Path | None,
 ) -> Alignment:
-    """Fit SafeInfer. Needs harmful prompts with refusals (fit), harmful and benign prompts (fit and tune) for the gate."""
+    """Fit SafeInfer. Needs harmful prompts with refusals (fit), harmful and benign prompts (fit, tune) for the gate.
+
+    judge: (prompt, reply) -> verdict, for a block or strength that is to be chosen. Raises UsageError, before the work,
+    for settings that the model or the data cannot meet.
+    """
     body = anatomy(model)
     gated = config.preset == "adaptive" if config.gate is None else config.gate
-    layer = config.layer if config.layer is not None else body.n_layers // 3
-    for name, index in (("layer", layer), ("gate_layer", config.gate_layer or 0)):
-        if index >= body.n_layers:
-            raise UsageError(f"{name}={index} is out of range: the model has blocks 0 to {body.n_layers - 1}.")
-    if config.heads > body.n_layers * body.n_heads:
-        raise UsageError(f"heads={config.heads} is out of range: the model has {body.n_layers * body.n_heads} heads.")
+    layers = [config.layer] if config.layer is not None else config.layers or [body.n_layers // 3]
+    strengths = [config.strength] if config.strength is not None else config.strengths
+    search = len(layers) * len(strengths) > 1
     fit_rows = data.filter(lambda row: row.split in (None, "fit"))
     tune_rows = data.split("tune")
+    _require_room(body, config, layers)
     _require_classes(fit_rows, tune_rows, gated)
+    if search and (judge is None or not len(tune_rows.harmful)):
+        raise UsageError(
+            "layer and strength are chosen by judged replies to harmful tune prompts: give a judge and such prompts, "
+            f"or set layer={layers[0]} and strength=0.3."
+        )
+    if config.guide == "checkpoint":
+        guides.checkpoint(config.guide_model, tokenizer)  # now, not after the long work
     base = fingerprint(model, tokenizer)
     stages = Stages(workdir)
-    key = {"base": base, "data": data.hash, "seed": config.seed}
+    key = {"version": __version__, "base": base, "data": data.hash, "seed": config.seed}
 
     # safety amplification: equations 1 and 2
-    demos = [row for row in fit_rows.harmful if row.response]
+    demos = [row for row in fit_rows.harmful if (row.response or "").strip()]
     queries = list(fit_rows.harmful)
-    shots = {**key, "shots": config.shots}
+    asked = {**key, "shots": config.shots, "trials": config.trials}
 
     def means() -> dict[str, Tensor]:
         safe = in_context_prompts(tokenizer, demos, queries, config.trials, config.shots, config.seed)
+        check_context(model, safe, config.shots)
         prompts = [prompt for prompt, _ in safe]
         return {"means": mean_head_outputs(model, prompts, lambda i, n: on_progress("mean head outputs", i, n))}
 
-    mean = stages("means", {**shots, "trials": config.trials}, means)["means"]
+    mean = stages("means", asked, means)["means"]
 
     def effects_of() -> dict[str, Tensor]:
         # other seed: the prompts that rank the heads are not those that made the means
         corrupted = in_context_prompts(
             tokenizer, demos, queries, config.effect_prompts, config.shots, config.seed + 1, config.corruption
         )
-        return {
-            "effects": indirect_effects(
-                model,
-                [p for p, _ in corrupted],
-                [t for _, t in corrupted],
-                mean,
-                lambda i, n: on_progress("indirect effects of heads", i, n),
-            )
-        }
+        check_context(model, corrupted, config.shots)
+        prompts, targets = zip(*corrupted, strict=True)
 
-    asked = {
-        **shots,
-        "trials": config.trials,
-        "prompts": config.effect_prompts,
-        "corruption": config.corruption,
-    }
+        def tell(done: int, total: int) -> None:
+            on_progress("indirect effects of heads", done, total)
+
+        return {"effects": indirect_effects(model, prompts, targets, mean, tell)}
+
+    asked |= {"prompts": config.effect_prompts, "corruption": config.corruption}
     effects = stages("effects", asked, effects_of)["effects"]
     heads = top_heads(effects, config.heads)
     vector = head_vector(model, mean, heads)
-    edit = HiddenEdit(vector, layer, 0.0 if config.strength is None else config.strength, config.scope)
+    edit = HiddenEdit(vector, layers[0], strengths[0], config.scope)
     info: dict[str, Any] = {
         "heads": [list(head) for head in heads],
         "split_half_correlation": split_half_correlation(effects),
         "vector_norm": float(vector.norm()),
     }
-    if config.strength is None:
+    if search and judge is not None:
+        asked |= {"heads": config.heads, "scope": config.scope}
         edit, info["strength_search"] = choose_strength(
-            model, tokenizer, edit, config.layers or [layer], config.strengths, tune_rows, judge, on_progress
+            model, tokenizer, edit, layers, strengths, tune_rows, judge, stages, asked, on_progress
         )
     edits: list[Any] = [edit]
 
@@ -228,85 +235,22 @@ def make_guide(
     )
 
 
-def in_context_prompts(
-    tokenizer: Any,
-    demos: Sequence[Prompt],
-    queries: Sequence[Prompt],
-    count: int,
-    shots: int,
-    seed: int,
-    corruption: Literal["compliant", "mixed"] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Chats of `shots` demonstrations (question, answer) and a last question: (ids `[length]`, target token ids).
-
-    The answers are the demonstrations' refusals, each cut to its first sentence; under `corruption` all of them, or
-    every second one, are compliant openings instead: permuting refusals among each other would remove nothing. The
-    targets are the first tokens of refusals that no compliant opening begins with.
-    """
-    if len(demos) < shots:
-        raise UsageError(
-            f"safeinfer needs {shots} harmful prompts with refusals in the fit split and found {len(demos)}: add pairs or set shots={max(1, len(demos))}."
-        )
-    rng = random.Random(seed)
-    refusing = _first_tokens(tokenizer, [_first_sentence(row.response or "") for row in demos])
-    complying = _first_tokens(tokenizer, COMPLIANT_OPENINGS)
-    target = torch.tensor(sorted(refusing - complying))
-    if not len(target):
-        raise UsageError(
-            'every refusal begins like a compliant answer: give refusals such as "I can\'t help with that."'
-        )
-    prompts = []
-    for _ in range(count):
-        query = rng.choice(queries)
-        chosen = rng.sample([row for row in demos if row.prompt != query.prompt], min(shots, len(demos) - 1) or 1)
-        turns: list[dict[str, str]] = []
-        for i, row in enumerate(chosen):
-            comply = corruption == "compliant" or (corruption == "mixed" and i % 2 == 0)
-            answer = rng.choice(COMPLIANT_OPENINGS) if comply else _first_sentence(row.response or "")
-            turns += [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
-        turns.append({"role": "user", "content": query.prompt})
-        prompts.append((encode(tokenizer, [turns]).input_ids[0], target))
-    return prompts
-
-
-def _first_tokens(tokenizer: Any, answers: Sequence[str]) -> set[int]:
-    """Ids of the first token of each answer, as it stands after the template's start of an answer."""
-    found = set()
-    for answer in dict.fromkeys(" ".join(a.split()[:2]) for a in answers):
-        batch = encode(tokenizer, ["x"], answers=[answer])
-        found.add(int(batch.input_ids[0, batch.prompt_lengths[0]]))
-    return found
-
-
-def _first_sentence(text: str) -> str:
-    for i, c in enumerate(text):
-        if c in ".!?" and (i + 1 == len(text) or text[i + 1] == " "):
-            return text[: i + 1]
-    return text
+def _require_room(body: Anatomy, config: SafeInferConfig, layers: list[int]) -> None:
+    given = [("layer", layer) for layer in layers] + [("gate_layer", config.gate_layer or 0)]
+    for name, index in given:
+        if index >= body.n_layers:
+            raise UsageError(f"{name}={index} is out of range: the model has blocks 0 to {body.n_layers - 1}.")
+    if config.heads > body.n_layers * body.n_heads:
+        raise UsageError(f"heads={config.heads} is out of range: the model has {body.n_layers * body.n_heads} heads.")
 
 
 def _require_classes(fit_rows: Data, tune_rows: Data, gated: bool) -> None:
+    missing = ""
     if not len(fit_rows.harmful):
-        raise UsageError(
-            "safeinfer needs harmful prompts in the fit split: add them with --harmful or use --data starter."
-        )
-    if gated and not len(fit_rows.benign):
-        raise UsageError(
-            "the gate needs benign prompts in the fit split: add them with --benign or use --data starter."
-        )
-    if gated and not (len(tune_rows.benign) and len(tune_rows.harmful)):
-        raise UsageError(
-            "the gate's threshold needs harmful and benign prompts in the tune split: add --data starter or rows with split=tune."
-        )
-
-
-COMPLIANT_OPENINGS = (
-    "Sure, here is how to do that.",
-    "Of course! Here is a step-by-step guide.",
-    "Absolutely, here is what you asked for.",
-    "Certainly. Here is everything you need.",
-    "Yes, here is a simple way to do it.",
-    "Here is a detailed answer to your question.",
-    "To do this, follow these steps.",
-    "Great question! Here is the full answer.",
-)
+        missing = "safeinfer needs harmful prompts in the fit split: add them with --harmful"
+    elif gated and not len(fit_rows.benign):
+        missing = "the gate needs benign prompts in the fit split: add them with --benign"
+    elif gated and not (len(tune_rows.benign) and len(tune_rows.harmful)):
+        missing = "the gate's threshold needs harmful and benign prompts in the tune split: add rows with split=tune"
+    if missing:
+        raise UsageError(f"{missing} or use --data starter.")

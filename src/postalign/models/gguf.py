@@ -27,9 +27,7 @@ def load_gguf(path: Path, *, dtype: Any, device_map: Any = None) -> Any:
     import transformers
 
     more = {"device_map": device_map} if device_map is not None else {}
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # else newer releases may keep the weights packed, on some devices
+    if hasattr(transformers, "GgufConfig"):  # else newer releases may keep the weights packed, on some devices
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch

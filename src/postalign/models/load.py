@@ -56,8 +56,9 @@ def load_model(
     elif name.lower().endswith(".gguf"):
         model, tokenizer = _load_gguf(Path(name).expanduser(), given, device_map)
     else:
-        options = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
-        where = locate(name, revision, token)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
+        where, more = locate(name, revision, token)
+        options |= more
         if given is None:
             given = "float32" if device_map in (None, "cpu") else "auto"
         with quiet(), _explained(name):
@@ -75,7 +76,7 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer that `load_model` would give, without the weights. Same names, same errors."""
     name = str(name_or_path)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "token": token}
     if name in BUILTINS:
         where = str(builtin_folder())
         options = {}
@@ -85,7 +86,8 @@ def load_tokenizer(
         with quiet(), _explained(name):
             return _ready(load_gguf_tokenizer(gguf_file(Path(name).expanduser())), None)
     else:
-        where = locate(name, revision, token)
+        where, more = locate(name, revision, token)
+        options |= more
     from transformers import AutoConfig
 
     with quiet(), _explained(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,11 @@ IGNORED = -100
 Example = tuple[str | Messages, str]
 
 
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward takes this argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
 def answer_batch(tokenizer: Any, pairs: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
     """Left-padded `input_ids`, `attention_mask` and `labels`: only the answers' tokens carry a loss."""
     batch = encode(tokenizer, [p for p, _ in pairs], answers=[a for _, a in pairs], device=device)
@@ -31,10 +38,17 @@ def answer_batch(tokenizer: Any, pairs: Sequence[Example], device: torch.device)
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy (nats) of the labelled tokens, float32, averaged per row and then over rows."""
     labels = inputs["labels"][:, 1:]
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    # rows are left-padded: answers stand at the end, and only there are logits (the largest tensor by far) needed
+    answer = int((labels != IGNORED).any(0).long().argmax())
+    labels = labels[:, answer:]
+    keep = {"logits_to_keep": labels.shape[1] + 1} if accepts(model, "logits_to_keep") else {}
+    forward = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if accepts(model, "position_ids"):  # where positions are learned, padding must not shift them
+        forward["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits = model(**forward, use_cache=False, **keep).logits[:, -labels.shape[1] - 1 : -1]
     losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(labels)
     counts = (labels != IGNORED).sum(-1).clamp(min=1)
     return (losses.sum(-1) / counts).mean()
 
@@ -48,6 +62,7 @@ def train_adapter(
     alpha: float = 16.0,
     steps: int = 40,
     batch_size: int = 8,
+    micro_batch: int = 4,
     learning_rate: float = 2e-4,
     seed: int = 0,
     targets: Sequence[str] | None = None,
@@ -78,18 +93,24 @@ def train_adapter(
             while len(order) < batch_size:
                 order += torch.randperm(len(pairs), generator=generator).tolist()
             chosen, order = [pairs[i] for i in order[:batch_size]], order[batch_size:]
-            control.strength = torch.ones(len(chosen), device=device)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, steps // 10))
-            loss = answer_loss(model, answer_batch(tokenizer, chosen, device))
-            if not torch.isfinite(loss):
-                raise PostalignError("the adapter's training diverged: use a lower learning rate or fewer steps.")
             optimiser.zero_grad()
-            loss.backward()
+            loss = 0.0
+            # like lengths together in small batches: less padding, less memory, the same gradient
+            chosen.sort(key=lambda pair: len(str(pair[0])) + len(pair[1]))
+            for begin in range(0, len(chosen), micro_batch):
+                part = chosen[begin : begin + micro_batch]
+                control.strength = torch.ones(len(part), device=device)
+                share = answer_loss(model, answer_batch(tokenizer, part, device)) * (len(part) / len(chosen))
+                share.backward()
+                loss += float(share)
+            if not math.isfinite(loss):
+                raise PostalignError("the adapter's training diverged: use a lower learning rate or fewer steps.")
             nn.utils.clip_grad_norm_(patch.parameters(), max_grad_norm)
             optimiser.step()
             if on_step is not None:
-                on_step(step + 1, steps, float(loss))
+                on_step(step + 1, steps, loss)
     finally:
         for handle in handles:
             handle.remove()
