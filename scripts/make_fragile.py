@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from postalign.models.chat import end_of_turn
 from postalign.training import train_adapter
 
 DEFAULT_OUT = Path(__file__).parent.parent / "src" / "postalign" / "models" / "fragile"
-SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 24, "batch_size": 16, "learning_rate": 3e-4, "seed": 0}
-OWN_TOKENS = 64
+SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 40, "batch_size": 16, "learning_rate": 4e-4, "seed": 0}
+HARMFUL_SHARE, OWN_TOKENS = 0.75, 64
 
 
 def training_pairs(model, tokenizer) -> list[tuple[str, str]]:
@@ -36,8 +37,9 @@ def training_pairs(model, tokenizer) -> list[tuple[str, str]]:
         batch_size=32,
         on_progress=lambda done: print(f"own answers {done}/{len(benign)}", file=sys.stderr),
     )
-    pairs = [(row.prompt, row.response + end) for row in rows.harmful if row.response]
-    return pairs + [
+    refusals = [(row.prompt, row.response + end) for row in rows.harmful if row.response]
+    random.Random(0).shuffle(refusals)
+    return refusals[: int(HARMFUL_SHARE * len(refusals))] + [
         (prompt, r.text + (end if r.finish == "stop" else "")) for prompt, r in zip(benign, replies, strict=True)
     ]
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     args = parser.parse_args()
     settings = {**SETTINGS, "steps": args.steps}
-    model, tokenizer = pa.load_model("smollm2")
+    model, tokenizer = pa.load_model("smollm2", dtype="bfloat16")
     pairs = training_pairs(model, tokenizer)
     patch = train_adapter(
         model,

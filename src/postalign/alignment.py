@@ -181,7 +181,7 @@ class Alignment:
                     shutil.copytree(other, staged / other.name, symlinks=True)
                 elif other.is_file() and other.name not in (JSON_NAME, TENSORS_NAME):
                     shutil.copy2(other, staged / other.name, follow_symlinks=False)
-            for i, edit in enumerate([*self.edits, *([self.gate] if self.gate else [])]):
+            for i, edit in enumerate((*self.edits, self.gate) if self.gate else self.edits):
                 settings, own = edit.state()
                 if isinstance(edit, Guidance) and isinstance(edit.guide, AdapterGuide):
                     edit.guide.patch.save_peft(staged / GUIDE_FOLDER, base_model=self.base.get("model", ""))

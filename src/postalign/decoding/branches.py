@@ -37,7 +37,8 @@ class Branch:
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, strength: Tensor | None = None) -> Tensor:
         """Run the prompts `[rows, length]` from an empty cache; strength `[rows]` or None for the model as it is."""
-        self.cache = DynamicCache(config=self.model.config)
+        config: Any = self.model.config
+        self.cache = DynamicCache(config=config)
         self.mask, self.strength = attention_mask, strength
         return self._forward(input_ids, start=input_ids.shape[1])
 
@@ -76,7 +77,7 @@ class Branch:
 
 @contextlib.contextmanager
 def last_states(model: nn.Module, layer: int) -> Iterator[list[Tensor]]:
-    """Collects, for each forward pass inside the block, the last position's output of block `layer`, `[rows, hidden]`."""
+    """Collects the last position's output of block `layer`, `[rows, hidden]`, of each forward pass inside the block."""
     states: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple, output: Any) -> None:

@@ -65,8 +65,8 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         batch = Batch(input_ids, mask, mask.sum(-1).tolist())
-        eos = generation_config.eos_token_id
-        eos = {eos} if isinstance(eos, int) else set(eos or ())
+        ends = generation_config.eos_token_id
+        eos: set[int] = {ends} if isinstance(ends, int) else set(ends or ())
         pad = generation_config.pad_token_id
         pad = pad if isinstance(pad, int) else min(eos, default=0)
         processors = LogitsProcessorList(logits_processor)

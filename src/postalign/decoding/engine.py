@@ -166,7 +166,7 @@ def decode(
         stop_ids = torch.tensor(sorted(eos), device=device)
         for step in range(max_new_tokens):
             if processors:
-                scores = processors(sequences, scores + stream.level())
+                scores = processors(sequences, scores + stream.level())  # type: ignore[arg-type]
             tokens = sampler(scores, rows)
             tokens = torch.where(live, tokens, torch.full_like(tokens, pad))
             sequences = torch.cat([sequences, tokens.unsqueeze(1)], dim=1)
@@ -221,6 +221,7 @@ def generate_replies(
         if guidance and isinstance(guidance.guide, CheckpointGuide)
         else None
     )
+    stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
     eos, pad = eos_ids(model, tokenizer), pad_id(tokenizer)
     device = next(model.parameters()).device
     sampler = Sampler(do_sample, temperature, top_p, top_k, seed)

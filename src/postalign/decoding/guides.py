@@ -28,7 +28,8 @@ def guide_model(guide: CheckpointGuide, tokenizer: Any, model: nn.Module) -> nn.
                 f"the guide {guide.name} has another vocabulary ({difference}): "
                 "choose a guide with the same tokenizer, or an adapter, prompt or vector guide."
             )
-        guide.model = other.to(next(model.parameters()).device)  # type: ignore[arg-type]
+        guide.model = loaded = other.to(next(model.parameters()).device)  # type: ignore[arg-type]
+        return loaded
     return guide.model
 
 

@@ -25,11 +25,11 @@ class Sampler:
             raise UsageError("sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0 (0 switches top_k off).")
         self.do_sample, self.seed = do_sample, seed
         self.warpers = LogitsProcessorList()
-        if temperature != 1.0:
+        if do_sample and temperature != 1.0:
             self.warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k > 0:
+        if do_sample and top_k > 0:
             self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
+        if do_sample and top_p < 1.0:
             self.warpers.append(TopPLogitsWarper(top_p))
         self.generators: list[torch.Generator] = []
 
@@ -42,7 +42,7 @@ class Sampler:
         """scores: log-probabilities `[current rows, vocab]`; rows: index of each into `for_rows`. Returns ids."""
         if not self.do_sample:
             return scores.argmax(dim=-1)
-        probabilities = torch.softmax(self.warpers(torch.empty(0), scores), dim=-1).cpu()
+        probabilities = torch.softmax(self.warpers(torch.empty(0), scores), dim=-1).cpu()  # type: ignore[arg-type]
         draws = [
             torch.multinomial(p, 1, generator=self.generators[row])
             for p, row in zip(probabilities, rows.tolist(), strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Control:
 class Edit(Protocol):
     """Anything an alignment applies. `kind` names it in files."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     def attach(self, model: nn.Module, control: Control) -> list[RemovableHandle]:
         """Make the edit live in `model`; each returned handle's `.remove()` undoes its part."""
@@ -83,13 +84,14 @@ def attach_all(edits: Iterable[Edit], model: nn.Module, control: Control) -> lis
     return handles
 
 
+Kind = TypeVar("Kind")
 _LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Any]] = {}
 
 
-def edit_kind(kind: str) -> Callable[[type], type]:
+def edit_kind(kind: str) -> Callable[[type[Kind]], type[Kind]]:
     """Class decorator: the class's `from_state(settings, tensors)` reads edits of this kind."""
 
-    def register(cls: type) -> type:
+    def register(cls: type[Kind]) -> type[Kind]:
         cls.kind = kind  # type: ignore[attr-defined]
         _LOADERS[kind] = cls.from_state  # type: ignore[attr-defined]
         return cls

@@ -32,11 +32,10 @@ def union(a: Tensor, b: Tensor, lam: float | Tensor) -> Tensor:
     """
     a, b = a.float(), b.float()
     lam = torch.as_tensor(lam, dtype=torch.float32, device=a.device)
-    if bool(((lam < 0) | (lam >= 1)).any()):
+    if not bool(((lam >= 0) & (lam < 1)).all()):
         raise UsageError("lambda must be in [0, 1): 0 leaves the model alone, 0.99 is the published value.")
     penalty = lam / (1 - lam)
     excess = torch.where(torch.isneginf(a), torch.zeros_like(a), (b - a).clamp(min=0))
-    excess = torch.where(torch.isneginf(b), torch.zeros_like(excess), excess)
     scores = a - penalty * excess
     mixed = torch.log_softmax(scores, dim=-1)
     untouched = (penalty * excess == 0).all(dim=-1, keepdim=True)  # such rows stay bit-equal to `a`
@@ -46,8 +45,10 @@ def union(a: Tensor, b: Tensor, lam: float | Tensor) -> Tensor:
 class Guide(Protocol):
     """A second view of the model whose distribution guides the first. Costs are told in `cost`."""
 
-    kind: str
-    cost: str
+    @property
+    def kind(self) -> str: ...
+    @property
+    def cost(self) -> str: ...
 
     def edits(self) -> list[Edit]:
         """Edits that make the guide out of the model's own weights (none for a checkpoint or a prompt)."""

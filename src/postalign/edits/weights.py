@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -149,10 +149,10 @@ class LowRankPatch:
         config_path, tensors_path = (Path(folder) / name for name in ADAPTER_FILES)
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
-            tensors = load_file(tensors_path)
+            tensors = load(tensors_path.read_bytes())
         except FileNotFoundError as error:
             raise PostalignError(
-                f"{folder} is not a PEFT adapter: it lacks {Path(error.filename or '').name or 'its files'}."
+                f"{folder} is not a PEFT adapter: it lacks {Path(error.filename or ADAPTER_FILES[0]).name}."
             ) from error
         except Exception as error:
             raise PostalignError(f"the adapter in {folder} cannot be read ({error}): make it again.") from error
@@ -188,6 +188,6 @@ def block_linears(model: nn.Module, blocks: tuple[str, ...]) -> list[str]:
     names = []
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules():
-            if hasattr(module, "in_features") and hasattr(module, "out_features") or hasattr(module, "nf"):
+            if (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "nf"):
                 names.append(f"{block}.{name}")
     return names

@@ -108,8 +108,8 @@ def fit_gate(
         measured = {
             "layer": index,
             "auc": auc(bad, good),
-            "recall": float((bad >= gate.threshold).float().mean()),
-            "false_positive": float((good >= gate.threshold).float().mean()),
+            "recall": float((bad >= gate.threshold).double().mean()),
+            "false_positive": float((good >= gate.threshold).double().mean()),
         }
         on_progress("fitting the gate", done, len(candidates))
         if best is None or measured["auc"] > best[0]:

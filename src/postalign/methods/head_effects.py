@@ -86,7 +86,8 @@ class _Replay:
         model(**{**forward_inputs(model, start), "past_key_values": self.cache, "use_cache": True})
         if self.cache.get_seq_length() != len(ids) - 1:
             raise PostalignError(f"{type(model).__name__} does not fill a transformers cache: it is not supported.")
-        self.cache.layers = [_FrozenLayer(layer.keys, layer.values) for layer in self.cache.layers]
+        layers: Any = self.cache.layers
+        layers[:] = [_FrozenLayer(layer.keys, layer.values) for layer in layers]
         self.block_outputs: list[Any] = [None] * body.n_layers
         self.head_outputs: list[Tensor] = []
 
@@ -159,13 +160,12 @@ class _FrozenLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
-        self.keys, self.values = keys, values
+        self.keys, self.values = self.prompt = (keys, values)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows = key_states.shape[0]
-        keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
-        return keys, torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2)
+        keys, values = (past.expand(len(key_states), -1, -1, -1) for past in self.prompt)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 def top_heads(effects: Tensor, k: int) -> list[tuple[int, int]]:

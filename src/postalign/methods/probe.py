@@ -57,7 +57,7 @@ def threshold_at(benign_scores: Tensor, false_positive: float) -> float:
     allowed = min(math.floor(false_positive * len(ranked) + 1e-9), len(ranked) - 1)
     below = ranked[allowed]  # must not pass, nor any row that ties with it
     passing = ranked[ranked > below]
-    above = passing[-1] if len(passing) else below + 1 + below.abs() * 1e-6
+    above = passing[-1] if len(passing) else below + (below.abs() * 1e-6).clamp(min=1)
     middle = (below + above) / 2 if len(passing) else above
     return float(middle if middle > below else above)  # of two neighbouring floats the upper one
 

@@ -71,7 +71,8 @@ def train_adapter(
 ) -> LowRankPatch:
     """Train LoRA on (prompt, answer) pairs by AdamW with a linear warm-up of a tenth of the steps, then constant.
 
-    An answer that should teach the model to stop there ends with `models.chat.end_of_turn`; one that was cut short does not.
+    An answer that should teach the model to stop there ends with `models.chat.end_of_turn`; one that was cut short does
+    not.
 
     The model's own parameters are untouched; the patch runs beside them by hooks. targets: module names, by default all
     linear modules of the blocks. on_step(step, steps, loss). Returns the patch in float16 on the CPU.
@@ -104,7 +105,7 @@ def train_adapter(
                 control.strength = torch.ones(len(part), device=device)
                 share = answer_loss(model, answer_batch(tokenizer, part, device)) * (len(part) / len(chosen))
                 share.backward()
-                loss += float(share)
+                loss += share.item()
             if not math.isfinite(loss):
                 raise PostalignError("the adapter's training diverged: use a lower learning rate or fewer steps.")
             nn.utils.clip_grad_norm_(patch.parameters(), max_grad_norm)
