@@ -2,9 +2,9 @@
 
     python benchmarks/safeinfer.py --data FOLDER --out runs/safeinfer      # FOLDER holds the public sets as jsonl
 
-Systems: the model as it is, the published preset, the adaptive preset, and the parts alone. Suites: AdvBench rows 401-520
-and HarmBench's validation split (harmful), XSTest's safe prompts and OKTest (harmless that sound dangerous), Self-Instruct
-(plain). Greedy. Figures go to benchmarks/results/safeinfer.json, the page to OUT/report.html. Killed, it goes on.
+Systems: the model as it is, the published preset, the adaptive preset, and the parts alone. Suites: AdvBench rows
+401-520 and HarmBench's validation split (harmful), XSTest's safe prompts and OKTest (harmless that sound dangerous),
+Self-Instruct (plain). Greedy. Figures go to benchmarks/results/, the page to OUT/report.html. Killed, it goes on.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/safeinfer"))
     parser.add_argument("--model", default="smollm2-fragile")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--set", action="append", default=[], help="key=value of the method, JSON values")
     parser.add_argument("--systems", default="base,published,adaptive")
     parser.add_argument("--plain", type=int, default=100, help="Self-Instruct prompts")
@@ -52,23 +53,28 @@ def main() -> None:
             last[0] = stage
             print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
 
-    model, tokenizer = pa.load_model(args.model)
+    model, tokenizer = pa.load_model(args.model, dtype=args.dtype)
     data = pa.load_data("starter") + pa.load_data(f"{args.data / 'advbench.jsonl'}[:400]", label="harmful")
     settings = {k: json.loads(v) for k, _, v in (s.partition("=") for s in args.set)}
-    folder = args.out / "adaptive"
-    if (folder / "alignment.json").exists():
-        adaptive = pa.Alignment.from_pretrained(folder)
-    else:
-        adaptive = pa.fit(
-            "safeinfer", model, tokenizer, data=data, config=settings, on_progress=tell, workdir=args.out / "work"
+    fitted = {}
+    for preset in ("published", "adaptive"):
+        folder = args.out / preset
+        if (folder / "alignment.json").exists():
+            fitted[preset] = pa.Alignment.from_pretrained(folder)
+            continue
+        config = {"preset": preset, **settings}
+        fitted[preset] = pa.fit(
+            "safeinfer", model, tokenizer, data=data, config=config, on_progress=tell, workdir=args.out / "work"
         )
-        adaptive.save_pretrained(folder)
+        fitted[preset].save_pretrained(folder)
+    published, adaptive = fitted["published"], fitted["adaptive"]
     systems = {
         "base": None,
-        "amplification": adaptive.only("amplification"),
-        "guidance": adaptive.only("guidance"),
-        "published": adaptive.only("amplification", "guidance"),
+        "amplification": published.only("amplification"),
+        "guidance": published.only("guidance"),
+        "published": published,
         "adaptive": adaptive,
+        "adaptive without guidance": adaptive.only("amplification", "gate"),
     }
     text = args.out / "wikitext2_valid.jsonl"
     lines = (args.data / "wikitext2_valid.jsonl").read_text(encoding="utf-8").splitlines()
@@ -84,12 +90,13 @@ def main() -> None:
         text=text,
         on_progress=tell,
     )
-    write_report([args.out / "run"], args.out / "report.html", {"adaptive": adaptive})
+    write_report([args.out / "run"], args.out / "report.html", fitted)
     result = {
         "command": " ".join(["python", "benchmarks/safeinfer.py", *sys.argv[1:]]),
         "model": args.model,
-        "config": adaptive.config,
-        "info": adaptive.info,
+        "dtype": args.dtype,
+        "config": {name: one.config for name, one in fitted.items()},
+        "info": {name: one.info for name, one in fitted.items()},
         "summary": summary,
     }
     write_whole(RESULTS / f"safeinfer_{args.model}.json", json.dumps(result, indent=1) + "\n")

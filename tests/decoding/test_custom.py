@@ -246,6 +246,15 @@ def test_embeddings_are_refused(tiny_llama: Any) -> None:
         tiny_llama.generate(inputs_embeds=embeds, custom_generate=alignment.custom_generate, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_prompt_longer_than_the_context(kind: str, tiny_tokenizer: Any) -> None:
+    model = tiny_model(kind, max_position_embeddings=64)
+    alignment = Alignment("t", [push()])
+    with pytest.raises(UsageError, match=r"prompt 2 .*context of 64"):
+        generated(model, tiny_tokenizer, alignment, ["Hi", "the cat sleeps " * 40])
+    assert generated(model, tiny_tokenizer, alignment, ["Hi"]).shape == (1, STEPS)
+
+
 def test_guides_that_need_more_than_ids(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"pa\.generate"):
         generated(tiny_llama, tiny_tokenizer, Alignment("t", [guidance_of("prompt", tiny_llama)]))

@@ -5,30 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Flag, note, progress
+from .common import Flag, OnProgress, note, progress
 from .eval import show
 
 if TYPE_CHECKING:
     from ..alignment import Alignment
 
 MODEL = "smollm2-fragile"
-FULL = {
-    "trials": 40,
-    "effect_prompts": 25,
-    "guide_pairs": 64,
-    "guide_steps": 16,
-    "strengths": [0.15, 0.2, 0.3, 0.4],
-}
-QUICK = {
+FULL: dict[str, Any] = {"trials": 40, "effect_prompts": 25, "guide_pairs": 48, "guide_steps": 16}
+QUICK: dict[str, Any] = {
     "shots": 4,
     "trials": 12,
     "effect_prompts": 6,
     "guide_pairs": 16,
     "guide_steps": 4,
-    "strengths": [0.3],
-    "strength": 0.3,
     "gate_layer": 18,
 }
+STRENGTHS = {"published": [0.15, 0.2, 0.3], "adaptive": [0.5, 1.0, 1.5]}
+QUICK_STRENGTHS = {"published": [0.2], "adaptive": [1.0]}
 FULL_PROMPTS, QUICK_PROMPTS = 32, 8
 
 
@@ -38,7 +32,7 @@ def run(*, out: Path = Path("postalign-demo"), quick: Flag = False) -> None:
     Parameters
     ----------
     out
-        Folder for the alignment, the run and the report.
+        Folder for the alignments, the run and the report.
     quick
         Fewer prompts everywhere: under three minutes, rougher numbers.
     """
@@ -48,72 +42,77 @@ def run(*, out: Path = Path("postalign-demo"), quick: Flag = False) -> None:
     from ..evaluation.report import write_report
 
     out = out / "quick" if quick else out
+    note(f"Loading {MODEL} (the first time it is downloaded: about 95 MB)")
     model, tokenizer = pa.load_model(MODEL)
-    settings: dict[str, Any] = QUICK if quick else FULL
+    strengths = QUICK_STRENGTHS if quick else STRENGTHS
     with progress() as on_progress:
-        alignment = fitted(model, tokenizer, out, settings, on_progress)
-        systems = ablations(alignment)
-        suite = load_suite("starter").limited(QUICK_PROMPTS if quick else FULL_PROMPTS)
+        fits = {
+            preset: fitted(
+                model,
+                tokenizer,
+                out,
+                preset,
+                {**(QUICK if quick else FULL), "preset": preset, "strengths": strengths[preset]},
+                on_progress,
+            )
+            for preset in ("published", "adaptive")
+        }
+        systems = {
+            "base": None,
+            "amplification only": fits["published"].only("amplification"),
+            "guidance only": fits["published"].only("guidance"),
+            "SafeInfer published": fits["published"],
+            "SafeInfer adaptive": fits["adaptive"],
+        }
         summary = pa.evaluate(
             model,
             tokenizer,
             systems,
-            [suite],
+            [load_suite("starter").limited(QUICK_PROMPTS if quick else FULL_PROMPTS)],
             out=out / "run",
-            max_new_tokens=48 if quick else 96,
+            max_new_tokens=48 if quick else 80,
             batch_size=32,
-            kl_prompts=8 if quick else 24,
+            kl_prompts=8 if quick else 16,
             on_progress=on_progress,
         )
-    page = write_report([out / "run"], out / "report.html", {"safeinfer": alignment})
+    page = write_report([out / "run"], out / "report.html", fits)
     show(summary)
     side_by_side(out / "run", list(systems))
     print(f"\nReport: {page.resolve()}")
-    print(f"Alignment: {(out / 'safeinfer').resolve()}")
-    print(f"Use it: postalign generate {MODEL} --alignment {out / 'safeinfer'} -p 'Your question'")
+    print(f"Use it: postalign generate {MODEL} --alignment {out / 'adaptive'} -p 'Your question'")
 
 
-def fitted(model: Any, tokenizer: Any, out: Path, settings: dict[str, Any], on_progress: Any) -> Alignment:
-    """The demo's alignment: read from `out` where it is there and still fits, else fitted (from its finished stages)."""
+def fitted(
+    model: Any, tokenizer: Any, out: Path, preset: str, settings: dict[str, Any], on_progress: OnProgress
+) -> Alignment:
+    """The preset's alignment: read from `out` where it is there and still fits, else fitted, finished stages kept."""
     import postalign as pa
 
-    folder, data = out / "safeinfer", pa.load_data("starter")
+    folder, data = out / preset, pa.load_data("starter")
     if (folder / "alignment.json").exists():
         alignment = pa.Alignment.from_pretrained(folder)
-        same = all(alignment.config.get(k) == v for k, v in settings.items() if k != "strength")
+        same = all(alignment.config.get(key) == value for key, value in settings.items())
         if same and alignment.provenance["data"]["hash"] == data.hash:
             try:
                 alignment.check(model, tokenizer)
-                note(f"SafeInfer is fitted already: {folder}")
-                return alignment
             except pa.PostalignError:
                 note(f"{folder} was fitted on another model: fitting again.")
+            else:
+                note(f"SafeInfer ({preset}) is fitted already: {folder}")
+                return alignment
+
+    def tell(stage: str, done: int, total: int) -> None:
+        on_progress(f"{preset}: {stage}", done, total)
+
     alignment = pa.fit(
-        "safeinfer",
-        model,
-        tokenizer,
-        data=data,
-        config=settings,
-        on_progress=on_progress,
-        workdir=out / "work",
+        "safeinfer", model, tokenizer, data=data, config=settings, on_progress=tell, workdir=out / "work"
     )
     alignment.save_pretrained(folder)
     return alignment
 
 
-def ablations(alignment: Alignment) -> dict[str, Alignment | None]:
-    """The demo's systems: all of them are parts of the one alignment."""
-    return {
-        "base": None,
-        "amplification only": alignment.only("amplification"),
-        "guidance only": alignment.only("guidance"),
-        "SafeInfer published": alignment.only("amplification", "guidance"),
-        "SafeInfer adaptive": alignment,
-    }
-
-
 def side_by_side(run_folder: Path, systems: list[str]) -> None:
-    """Three prompts with the base's reply and the adaptive one's. A compliant reply to a harmful prompt is not shown."""
+    """Three prompts with the base's reply and the adaptive one's. Compliance with a harmful prompt is not shown."""
     from ..evaluation.report import read_run
 
     found: dict[str, dict[str, dict[str, Any]]] = {}

@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorLi
 from ..alignment import Alignment
 from ..edits import CheckpointGuide, PromptGuide
 from ..errors import UsageError
-from ..models.chat import Batch
+from ..models.chat import Batch, check_length
 from .engine import decode
 from .sampling import Sampler
 
@@ -65,6 +65,8 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         batch = Batch(input_ids, mask, mask.sum(-1).tolist())
+        max_new_tokens = generation_config.max_length - input_ids.shape[1]
+        check_length(model, batch, max_new_tokens)
         ends = generation_config.eos_token_id
         eos: set[int] = {ends} if isinstance(ends, int) else set(ends or ())
         pad = generation_config.pad_token_id
@@ -86,7 +88,7 @@ def custom_generate(alignment: Alignment) -> Callable[..., Any]:
             batch,
             alignment=alignment,
             guide=guide,
-            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            max_new_tokens=max_new_tokens,
             eos=eos,
             pad=pad,
             sampler=sampler,

@@ -31,6 +31,13 @@ from .head_effects import head_vector, indirect_effects, mean_head_outputs, spli
 from .in_context import check_context, in_context_prompts
 from .stages import Stages
 
+# The published preset is the paper's: last prompt token and every generated one. A push at every token soon turns a
+# small model's refusals into loops; the adaptive preset pushes once, harder, where the reply begins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"gate": False, "scope": DEFAULT_SCOPE, "strengths": [0.1, 0.15, 0.2, 0.3, 0.4, 0.5]},
+    "adaptive": {"gate": True, "scope": ("last",), "strengths": [0.5, 1.0, 1.5, 2.0]},
+}
+
 
 class SafeInferConfig(BaseModel):
     """Settings, with the paper's values as defaults where it gives them. `None` means: chosen on the tune split."""
@@ -47,13 +54,15 @@ class SafeInferConfig(BaseModel):
         None, ge=0, description="block whose output is steered, from 0 (paper: a third of the depth)"
     )
     strength: float | None = Field(None, ge=0, description="gamma (paper: 0.5)")
-    strengths: list[Annotated[float, Field(ge=0)]] = Field(
-        [0.1, 0.15, 0.2, 0.3, 0.4, 0.5], min_length=1, description="tried when strength is None"
+    strengths: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="tried when strength is None; None: as the preset says"
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="blocks tried when layer is None; by default a third of the depth"
     )
-    scope: tuple[Literal["prompt", "last", "generation", "all"], ...] = Field(DEFAULT_SCOPE, min_length=1)
+    scope: tuple[Literal["prompt", "last", "generation", "all"], ...] | None = Field(
+        None, min_length=1, description="tokens that are steered; None: as the preset says"
+    )
     lam: float = Field(0.99, alias="lambda", ge=0, lt=1, description="lambda (paper: 0.99)")
     guide: Literal["adapter", "checkpoint", "prompt", "vector", "none"] = "adapter"
     guide_model: str | None = Field(None, description="the checkpoint guide's name or path")
@@ -102,9 +111,11 @@ def fit(
     for settings that the model or the data cannot meet.
     """
     body = anatomy(model)
-    gated = config.preset == "adaptive" if config.gate is None else config.gate
+    preset = PRESETS[config.preset]
+    gated = preset["gate"] if config.gate is None else config.gate
+    scope = preset["scope"] if config.scope is None else config.scope
     layers = [config.layer] if config.layer is not None else config.layers or [body.n_layers // 3]
-    strengths = [config.strength] if config.strength is not None else config.strengths
+    strengths = [config.strength] if config.strength is not None else config.strengths or preset["strengths"]
     search = len(layers) * len(strengths) > 1
     fit_rows = data.filter(lambda row: row.split in (None, "fit"))
     tune_rows = data.split("tune")
@@ -151,14 +162,14 @@ def fit(
     effects = stages("effects", asked, effects_of)["effects"]
     heads = top_heads(effects, config.heads)
     vector = head_vector(model, mean, heads)
-    edit = HiddenEdit(vector, layers[0], strengths[0], config.scope)
+    edit = HiddenEdit(vector, layers[0], strengths[0], scope)
     info: dict[str, Any] = {
         "heads": [list(head) for head in heads],
         "split_half_correlation": split_half_correlation(effects),
         "vector_norm": float(vector.norm()),
     }
     if search and judge is not None:
-        asked |= {"heads": config.heads, "scope": config.scope}
+        asked |= {"heads": config.heads, "scope": scope}
         edit, info["strength_search"] = choose_strength(
             model, tokenizer, edit, layers, strengths, tune_rows, judge, stages, asked, on_progress
         )
@@ -188,7 +199,13 @@ def fit(
         method="safeinfer",
         edits=edits,
         gate=gate,
-        config={**config.model_dump(by_alias=True), "layer": edit.layer, "strength": edit.strength},
+        config={
+            **config.model_dump(by_alias=True),
+            "layer": edit.layer,
+            "strength": edit.strength,
+            "scope": list(scope),
+            "gate": gated,
+        },
         base=base,
         provenance={
             "data": {"name": data.name, "hash": data.hash, "fit": len(fit_rows), "tune": len(tune_rows)},
