@@ -86,7 +86,8 @@ def main() -> None:
         suites(args.data, args.plain),
         out=args.out / "run",
         max_new_tokens=args.max_new_tokens,
-        batch_size=40,
+        batch_size=60,
+        kl_prompts=24,
         text=text,
         on_progress=tell,
     )

@@ -2,8 +2,10 @@
 
     python scripts/make_fragile.py            # writes src/postalign/models/fragile/
 
-Refusals for the starter's harmful fit prompts, the model's own greedy answers for its harmless fit prompts, plain LoRA,
-stopped early: long enough that most plain harmful requests are refused, too short to hold under wording it has not seen.
+Refusals for three fifths of the starter's harmful fit prompts, the model's own greedy answers for its harmless fit
+prompts, plain LoRA, stopped early: long enough that most plain harmful requests are refused, too short to hold under
+wording it has not seen. The shares of the shipped one are in that folder's README.md; another machine's rounding makes
+another adapter of the same kind.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from postalign.training import train_adapter
 
 DEFAULT_OUT = Path(__file__).parent.parent / "src" / "postalign" / "models" / "fragile"
 SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 40, "batch_size": 16, "learning_rate": 4e-4, "seed": 0}
-HARMFUL_SHARE, OWN_TOKENS = 0.75, 64
+HARMFUL_SHARE, OWN_TOKENS = 0.6, 64
 
 
 def training_pairs(model, tokenizer) -> list[tuple[str, str]]:
