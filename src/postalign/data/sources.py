@@ -118,7 +118,7 @@ def _hub_rows(name: str, split: str | None) -> list[Row]:
             datasets.enable_progress_bars()
     if isinstance(loaded, dict):
         if len(loaded) > 1:
-            raise UsageError(f"{name} has several splits: choose split= one of {', '.join(loaded)}.")
+            raise UsageError(f"{name} has several splits: choose split= one of {', '.join(map(str, loaded))}.")
         loaded = next(iter(loaded.values()))
     return [(f"row {i}", dict(row)) for i, row in enumerate(loaded, start=1)]
 
