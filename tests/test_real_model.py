@@ -16,7 +16,7 @@ SETTINGS = {
     "shots": 3,
     "trials": 6,
     "effect_prompts": 3,
-    "strength": 0.4,
+    "strength": 1.0,
     "guide_pairs": 8,
     "guide_steps": 3,
     "guide_rank": 4,
@@ -62,7 +62,7 @@ def test_steered_prompts_refuse_more_and_closed_rows_stay_as_they_were(fragile, 
     harmful = [row.prompt for row in rows.harmful][::12]
     benign = [row.prompt for row in rows.filter(lambda r: r.type == "plain")][:6]
     refused = []
-    for system in (None, alignment.only("amplification", "gate")):
+    for system in (None, alignment.only("amplification")):
         texts = pa.generate(model, tokenizer, harmful, alignment=system, max_new_tokens=32)
         refused.append(sum(judge(p, t).verdict == "refusal" for p, t in zip(harmful, texts, strict=True)))
     assert refused[1] > refused[0]

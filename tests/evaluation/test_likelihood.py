@@ -28,7 +28,7 @@ def test_perplexity_is_the_plain_sum(tiny_llama: Any, tiny_tokenizer: Any) -> No
     texts = load_texts(limit=3)
     total, count = 0.0, 0
     for text in texts:
-        ids = torch.tensor([tiny_tokenizer(text, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor([tiny_tokenizer(text)["input_ids"]])  # with the one <s> that this tokenizer adds
         with torch.no_grad():
             scores = torch.log_softmax(tiny_llama(ids).logits[0].float(), -1)
         kept = range(forced.RAW_PROMPT_TOKENS, ids.shape[1])

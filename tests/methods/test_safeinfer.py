@@ -62,7 +62,7 @@ def test_every_guide(kind: str, gated: bool, tiny_tokenizer: Any, same_tokens: s
 
     (edit,) = alignment.hidden
     assert isinstance(edit, HiddenEdit)
-    assert (edit.layer, edit.strength, edit.scope) == (1, 0.5, ("last", "generation"))
+    assert (edit.layer, edit.strength, edit.scope) == (1, 0.5, ("last",))
     if kind == "none":
         assert alignment.guidance is None
     else:
@@ -276,3 +276,11 @@ def test_other_architectures(tiny_tokenizer: Any) -> None:
         model = tiny_model(kind)
         alignment = fit(model, tiny_tokenizer, strength=0.5, guide="none")
         alignment.check(model, tiny_tokenizer)
+
+
+def test_the_presets_differ_in_gate_and_scope_and_both_can_be_set(tiny_tokenizer: Any) -> None:
+    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide="none", preset="published")
+    assert fitted.gate is None and fitted.hidden[0].scope == ("last", "generation")
+    assert (fitted.config["gate"], fitted.config["scope"]) == (False, ["last", "generation"])
+    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide="none", scope=["all"])
+    assert fitted.gate is not None and fitted.hidden[0].scope == ("all",)
