@@ -31,11 +31,16 @@ from .head_effects import head_vector, indirect_effects, mean_head_outputs, spli
 from .in_context import check_context, in_context_prompts
 from .stages import Stages
 
-# The published preset is the paper's: last prompt token and every generated one. A push at every token soon turns a
-# small model's refusals into loops; the adaptive preset pushes once, harder, where the reply begins.
+# The published preset is the paper's: every generated token is pushed and guided. On small models that soon turns
+# refusals into loops; the adaptive preset pushes once, harder, where the reply begins, and guides only if asked.
 PRESETS: dict[str, dict[str, Any]] = {
-    "published": {"gate": False, "scope": DEFAULT_SCOPE, "strengths": [0.1, 0.15, 0.2, 0.3, 0.4, 0.5]},
-    "adaptive": {"gate": True, "scope": ("last",), "strengths": [0.5, 1.0, 1.5, 2.0]},
+    "published": {
+        "gate": False,
+        "guide": "adapter",
+        "scope": DEFAULT_SCOPE,
+        "strengths": [0.1, 0.15, 0.2, 0.3, 0.4, 0.5],
+    },
+    "adaptive": {"gate": True, "guide": "none", "scope": ("last",), "strengths": [0.5, 1.0, 1.5, 2.0]},
 }
 
 
@@ -64,7 +69,9 @@ class SafeInferConfig(BaseModel):
         None, min_length=1, description="tokens that are steered; None: as the preset says"
     )
     lam: float = Field(0.99, alias="lambda", ge=0, lt=1, description="lambda (paper: 0.99)")
-    guide: Literal["adapter", "checkpoint", "prompt", "vector", "none"] = "adapter"
+    guide: Literal["adapter", "checkpoint", "prompt", "vector", "none"] | None = Field(
+        None, description="None: as the preset says"
+    )
     guide_model: str | None = Field(None, description="the checkpoint guide's name or path")
     guide_system: str | None = Field(None, description="the prompt guide's system prompt")
     guide_pairs: int = Field(96, ge=1, description="harmful pairs an adapter guide is trained on")
@@ -114,6 +121,7 @@ def fit(
     preset = PRESETS[config.preset]
     gated = preset["gate"] if config.gate is None else config.gate
     scope = preset["scope"] if config.scope is None else config.scope
+    guide_kind = preset["guide"] if config.guide is None else config.guide
     layers = [config.layer] if config.layer is not None else config.layers or [body.n_layers // 3]
     strengths = [config.strength] if config.strength is not None else config.strengths or preset["strengths"]
     search = len(layers) * len(strengths) > 1
@@ -126,7 +134,7 @@ def fit(
             "layer and strength are chosen by judged replies to harmful tune prompts: give a judge and such prompts, "
             f"or set layer={layers[0]} and strength=0.3."
         )
-    if config.guide == "checkpoint":
+    if guide_kind == "checkpoint":
         guides.checkpoint(config.guide_model, tokenizer)  # now, not after the long work
     base = fingerprint(model, tokenizer)
     stages = Stages(workdir)
@@ -176,8 +184,8 @@ def fit(
     edits: list[Any] = [edit]
 
     # safety-guided decoding: equations 4 to 6
-    if config.guide != "none":
-        unsafe = make_guide(model, tokenizer, config, edit, fit_rows, stages, key, on_progress)
+    if guide_kind != "none":
+        unsafe = make_guide(guide_kind, model, tokenizer, config, edit, fit_rows, stages, key, on_progress)
         edits.append(Guidance(unsafe, config.lam))
         info["guide_cost"] = unsafe.cost
 
@@ -205,6 +213,7 @@ def fit(
             "strength": edit.strength,
             "scope": list(scope),
             "gate": gated,
+            "guide": guide_kind,
         },
         base=base,
         provenance={
@@ -221,6 +230,7 @@ def fit(
 
 
 def make_guide(
+    kind: str,
     model: nn.Module,
     tokenizer: Any,
     config: SafeInferConfig,
@@ -230,12 +240,12 @@ def make_guide(
     key: dict[str, Any],
     on_progress: Callable[[str, int, int], None],
 ) -> Guide:
-    """The unsafe guide of the kind that `config` asks for."""
-    if config.guide == "checkpoint":
+    """The unsafe guide of this kind, with the settings of `config`."""
+    if kind == "checkpoint":
         return guides.checkpoint(config.guide_model, tokenizer)
-    if config.guide == "prompt":
+    if kind == "prompt":
         return guides.prompt(config.guide_system)
-    if config.guide == "vector":
+    if kind == "vector":
         return guides.vector(edit)
     return guides.adapter(
         model,
