@@ -34,6 +34,11 @@ def suites(folder: Path, plain: int) -> list:
     ]
 
 
+def without_folder(argument: str) -> str:
+    """A path by its last name: where things lie on a machine is nobody's business."""
+    return Path(argument).name if "/" in argument else argument
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -93,7 +98,7 @@ def main() -> None:
     )
     write_report([args.out / "run"], args.out / "report.html", fitted)
     result = {
-        "command": " ".join(["python", "benchmarks/safeinfer.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/safeinfer.py", *map(without_folder, sys.argv[1:])]),
         "model": args.model,
         "dtype": args.dtype,
         "config": {name: one.config for name, one in fitted.items()},

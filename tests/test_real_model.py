@@ -17,6 +17,7 @@ SETTINGS = {
     "trials": 6,
     "effect_prompts": 3,
     "strength": 1.0,
+    "guide": "adapter",
     "guide_pairs": 8,
     "guide_steps": 3,
     "guide_rank": 4,

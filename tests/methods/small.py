@@ -25,7 +25,7 @@ def rows(harmful: int, benign: int, split: str | None, first: int = 0) -> list[P
 DATA = Data([*rows(4, 4, "fit"), *rows(2, 2, "tune", first=4), *rows(1, 1, "test")], "mine")
 SMALL: dict[str, Any] = {
     "shots": 2, "trials": 3, "effect_prompts": 3, "heads": 2, "strengths": [0.5, 1.0],
-    "guide_pairs": 2, "guide_steps": 2, "guide_rank": 2,
+    "guide": "adapter", "guide_pairs": 2, "guide_steps": 2, "guide_rank": 2,
 }  # fmt: skip
 ALL_STAGES = [
     "mean head outputs",

@@ -278,9 +278,11 @@ def test_other_architectures(tiny_tokenizer: Any) -> None:
         alignment.check(model, tiny_tokenizer)
 
 
-def test_the_presets_differ_in_gate_and_scope_and_both_can_be_set(tiny_tokenizer: Any) -> None:
-    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide="none", preset="published")
-    assert fitted.gate is None and fitted.hidden[0].scope == ("last", "generation")
-    assert (fitted.config["gate"], fitted.config["scope"]) == (False, ["last", "generation"])
-    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide="none", scope=["all"])
-    assert fitted.gate is not None and fitted.hidden[0].scope == ("all",)
+def test_the_presets_differ_in_gate_scope_and_guide_and_all_can_be_set(tiny_tokenizer: Any) -> None:
+    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide=None, preset="published")
+    assert fitted.gate is None and fitted.hidden[0].scope == ("last", "generation") and fitted.guidance is not None
+    assert (fitted.config["gate"], fitted.config["guide"]) == (False, "adapter")
+    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide=None)
+    assert fitted.gate is not None and fitted.hidden[0].scope == ("last",) and fitted.guidance is None
+    fitted = fit(tiny_model(), tiny_tokenizer, strength=0.5, guide="vector", scope=["all"])
+    assert fitted.hidden[0].scope == ("all",) and fitted.guidance is not None

@@ -19,7 +19,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def test_defaults_are_the_papers() -> None:
     config = read_config({})
     assert (config.shots, config.trials, config.heads, config.lam) == (10, 100, 10, 0.99)
-    assert (config.preset, config.guide, config.gate_false_positive) == ("adaptive", "adapter", 0.03)
+    assert (config.preset, config.gate_false_positive) == ("adaptive", 0.03)
 
 
 def test_lambda_by_its_name() -> None:
