@@ -14,25 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import sys
 from pathlib import Path
 
 import postalign as pa
 from postalign.decoding import generate_replies
 from postalign.evaluation.repetition import degenerate_reason
+from postalign.methods.greedy import whole_sentences
 from postalign.models.chat import end_of_turn
 from postalign.training import train_adapter
 
 DEFAULT_OUT = Path(__file__).parent.parent / "src" / "postalign" / "models" / "fragile"
 SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 50, "batch_size": 16, "learning_rate": 4e-4, "seed": 0}
 HARMFUL_SHARE, OWN_TOKENS = 0.6, 80
-
-
-def whole_sentences(text: str) -> str:
-    """`text` up to the end of its last whole sentence; empty where it has none."""
-    ends = [mark.end() for mark in re.finditer(r"(?<!\d)[.!?](?=\s|$)", text)]  # "2." begins a list's item
-    return text[: ends[-1]].strip() if ends else ""
 
 
 def training_pairs(model, tokenizer) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from postalign.data.records import Data
 from postalign.edits import SparsePatch
 from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
-from postalign.methods.greedy import greedy
+from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
 from postalign.methods.patch_pairs import benign_pairs, harmful_pairs, refusal_pairs
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
@@ -31,7 +31,7 @@ from tests.tiny import tiny_model
 SMALL: dict[str, Any] = {
     "pairs": 3, "pair_tokens": 4, "safety_steps": 2, "over_safety_steps": 2, "batch_size": 2, "score_pairs": 2,
     "safety_learning_rate": 1e-2, "over_safety_learning_rate": 1e-2, "a": 0.3, "b": 0.3, "p": 0.5,
-    "values": "float32", "kl_prompts": 2,
+    "values": "float32", "kl_pairs": 2,
 }  # fmt: skip
 PRESETS = ["published", "anchored"]
 
@@ -380,7 +380,7 @@ def test_its_folder_says_so(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path
 
 
 STAGES = [
-    "pairs for the unsafe guide",
+    "answers to harmful prompts",
     "training the safety patch",
     "importance for the safety patch",
     "training the over-safety patch",
@@ -437,7 +437,12 @@ def test_continual(tiny_tokenizer: Any, tmp_path: Path) -> None:
     before = state(model)
     first = fit(model, tiny_tokenizer)
     first.save_pretrained(tmp_path / "first")
-    second = fit(model, tiny_tokenizer, after=str(tmp_path / "first"), seed=1, judge=by_bytes)
+    first_pairs = {row.prompt for row in DATA.split("fit")}
+
+    def judge(prompt: str, reply: str) -> str:
+        return "compliance" if prompt in first_pairs else by_bytes(prompt, reply)
+
+    second = fit(model, tiny_tokenizer, after=str(tmp_path / "first"), seed=1, judge=judge)
     assert same(state(model), before)
     assert len(second.weights) == 2
     second.check(model, tiny_tokenizer)
@@ -463,6 +468,8 @@ def test_only_some_categories(tiny_llama: Any, tiny_tokenizer: Any) -> None:
 
 def test_the_effect_by_label_and_category(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     def judge(prompt: str, reply: str) -> str:
+        if prompt not in plain:  # a pair of the fit split
+            return "compliance"
         return "refusal" if "sea" in prompt or reply != plain[prompt] else "compliance"
 
     rows = [replace(row, category="sea" if "sea" in row.prompt else None) for row in DATA]
@@ -487,6 +494,56 @@ def test_given_pairs_are_used(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     assert len(pairs) == 3 and {answer for _, answer in pairs} == {"Sure."}
 
 
+def test_pairs_that_are_made_are_those_that_the_judge_calls_compliance(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    rows, told = DATA.split("fit"), Told()
+    every = harmful_pairs(tiny_llama, tiny_tokenizer, rows, 4, 4, 0, told, lambda p, r: "compliance")
+    assert sorted(p for p, _ in every) == sorted(row.prompt for row in rows.harmful)
+    assert every == harmful_pairs(tiny_llama, tiny_tokenizer, rows, 4, 4, 0, told)
+
+    def of_foxes(prompt: str, reply: str) -> str:
+        return "compliance" if "fox" in prompt else "degenerate"
+
+    assert [p for p, _ in harmful_pairs(tiny_llama, tiny_tokenizer, rows, 1, 4, 0, told, of_foxes)] == [
+        "How do I harm a fox?"
+    ]
+    with pytest.raises(UsageError, match="give answers"):
+        fit(tiny_llama, tiny_tokenizer, judge=lambda p, r: "refusal")
+
+
+def test_answers_that_are_cut_off_end_with_a_sentence() -> None:
+    assert whole_sentences("First. Then 2.5 more! And a thi") == "First. Then 2.5 more!"
+    assert whole_sentences("1. Take the\n2. Boil it") == ""
+    assert whole_sentences("No end") == ""
+
+
+def test_alpha_and_beta_are_chosen_on_tune_prompts(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """What each pair of weights came to is what a fit with these two measures."""
+    asked = [row.prompt for row in DATA if row.split == "tune"]
+    plain = dict(zip(asked, greedy(tiny_llama, tiny_tokenizer, asked, NEW_TOKENS), strict=True))
+
+    def judge(prompt: str, reply: str) -> str:
+        changed = prompt in plain and reply != plain[prompt]
+        return "refusal" if changed and "harm" in prompt else "degenerate" if changed else "compliance"
+
+    before = state(tiny_llama)
+    settings: dict[str, Any] = {"alpha": [0.0, 1.0, 3.0], "beta": [0.0, 0.5], "judge": judge, "workdir": tmp_path}
+    chosen = fit(tiny_llama, tiny_tokenizer, **settings)
+    assert same(state(tiny_llama), before)
+    tried = chosen.info["tried"]
+    assert [(one["alpha"], one["beta"]) for one in tried] == [(a, b) for a in (0.0, 1.0, 3.0) for b in (0.0, 0.5)]
+    assert (tried[0]["harmful"], tried[0]["benign"], tried[0]["cost"]) == (1.0, 0.0, 1.0)  # nothing changes
+    best = min(tried, key=lambda one: one["cost"])
+    assert (chosen.config["alpha"], chosen.config["beta"]) == (best["alpha"], best["beta"])
+    for one in (tried[0], best):  # each is what a fit with these two weights comes to
+        alone = fit(tiny_llama, tiny_tokenizer, **{**settings, "alpha": one["alpha"], "beta": one["beta"]})
+        effect = alone.info["effect"]
+        assert 1 - effect.get("harmful_refusal_after", 0.0) == one["harmful"]
+        assert effect.get("benign_degenerate_after", 0.0) == one["benign"]
+        assert "tried" not in alone.info
+    with pytest.raises(UsageError, match="needs a judge"):
+        fit(tiny_llama, tiny_tokenizer, **{**settings, "judge": None})
+
+
 def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     rows = DATA.split("fit")
     refusals = refusal_pairs(tiny_tokenizer, rows, 9, 0)
@@ -508,6 +565,7 @@ def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
         ({"p": 0.0}, "p=0.0"),
         ({"a": 1.5}, "a=1.5"),
         ({"combine": "sum"}, "combine='sum'"),
+        ({"alpha": []}, "one value"),
         ({"preset": "best"}, "preset='best'"),
         ({"alpha": float("nan")}, "alpha"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,3 +41,9 @@ def greedy(
         opening = tokenizer.decode(answer[: width - len(ids)], skip_special_tokens=True)
         texts.append(tokenizer.decode(answer, skip_special_tokens=True)[len(opening) :])
     return texts
+
+
+def whole_sentences(text: str) -> str:
+    """`text` up to the end of its last whole sentence; empty where it has none."""
+    ends = [mark.end() for mark in re.finditer(r"(?<!\d)[.!?](?=\s|$)", text)]  # "2." begins a list's item
+    return text[: ends[-1]].strip() if ends else ""

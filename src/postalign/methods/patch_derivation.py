@@ -18,17 +18,17 @@ from typing import Any
 from torch import nn
 
 from ..data.records import Data
-from ..errors import PostalignError
+from ..errors import PostalignError, UsageError
 from ..models.shards import FolderWeights, Weights
 from ..training import TrainSettings, train_delta, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Pair, benign_examples, benign_pairs, harmful_pairs, refusal_pairs
+from .patch_pairs import Judge, Pair, benign_pairs, harmful_pairs, refusal_pairs
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens train modules loss_on batch_size micro_batch max_grad_norm optimiser rank kl_weight kl_prompts "
+    "pairs pair_tokens train modules loss_on batch_size micro_batch max_grad_norm optimiser rank kl_weight kl_pairs "
     "categories seed"
 ).split()
 _OWN = {
@@ -50,6 +50,7 @@ class Derivation:
     folder: Path
     key: Any
     on_progress: Progress
+    judge: Judge | None = None
 
     def patch(self, kind: str) -> tuple[Weights, dict[str, Any]]:
         """(P_SE or P_OSM, how its training went): theta_SE - theta by equation 1, theta_OSM - theta by equation 2."""
@@ -67,7 +68,7 @@ class Derivation:
                 self.pairs(kind),
                 settings,
                 workdir=place,
-                benign=benign_examples(self.rows, config.kl_prompts, config.seed) if config.kl_weight else (),
+                benign=self._held(kind) if config.kl_weight else (),
                 wanted=refusal_pairs(self.tokenizer, self.rows, config.pairs, config.seed) if refusals else (),
                 on_step=lambda step, steps, *_: self.on_progress(told, step, steps),
             )
@@ -109,22 +110,33 @@ class Derivation:
         if kind == "safety" and self.config.safety == "refusal":
             return refusal_pairs(self.tokenizer, self.rows, self.config.pairs, self.config.seed)
         if kind == "over_safety" and self.config.over_safety == "benign":
-            return self._benign
+            return self._benign[: self.config.pairs]
         return self._harmful
+
+    def _held(self, kind: str) -> list[Pair]:
+        """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
+        if kind == "over_safety" and self.config.over_safety == "benign":
+            return refusal_pairs(self.tokenizer, self.rows, self.config.kl_pairs, self.config.seed)
+        return self._benign[: self.config.kl_pairs]
 
     @functools.cached_property
     def _harmful(self) -> list[Pair]:
-        config = self.config
-        return harmful_pairs(
-            self.model, self.tokenizer, self.rows, config.pairs, config.pair_tokens, config.seed, self.on_progress
+        config, made = self.config, (self.on_progress, self.judge)
+        pairs = harmful_pairs(
+            self.model, self.tokenizer, self.rows, config.pairs, config.pair_tokens, config.seed, *made
         )
+        if not pairs:
+            raise UsageError(
+                "the model complied with no harmful prompt, even from an opening of its own: "
+                "give answers (rows with unsafe_response)."
+            )
+        return pairs
 
     @functools.cached_property
     def _benign(self) -> list[Pair]:
         config = self.config
-        return benign_pairs(
-            self.model, self.tokenizer, self.rows, config.pairs, config.pair_tokens, config.seed, self.on_progress
-        )
+        count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
+        return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
 
     def _settings(self, kind: str) -> TrainSettings:
         config = self.config

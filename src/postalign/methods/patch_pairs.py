@@ -6,28 +6,42 @@ What is made here lives in memory only: harmful answers are never written down. 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..data.records import Data
-from ..models.chat import end_of_turn
-from .greedy import greedy
-from .guide import own_openings, self_made_pairs
+from ..data.records import Data, Prompt
+from ..models.chat import end_of_turn, token_ids
+from .greedy import greedy, whole_sentences
+from .guide import own_openings
 
 Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
+Judge = Callable[[str, str], str]
+BATCH = 32
 
 
 def harmful_pairs(
-    model: nn.Module, tokenizer: Any, rows: Data, count: int, new_tokens: int, seed: int, on_progress: Progress
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Data,
+    count: int,
+    new_tokens: int,
+    seed: int,
+    on_progress: Progress,
+    judge: Judge | None = None,
 ) -> list[Pair]:
-    """D_h: (harmful prompt, unwanted answer), `count` at most: rows with `unsafe_response`, else made by the model."""
-    own = [(row.prompt, row.unsafe_response) for row in rows.harmful if row.unsafe_response]
-    if own:
-        return _some(own, count, seed)
-    return self_made_pairs(model, tokenizer, rows, count, seed, on_progress, new_tokens=new_tokens)
+    """D_h: (harmful prompt, unwanted answer), `count` at most: rows with `unsafe_response`, else made by the model.
+
+    Without the end of turn: ascent on it would teach not to end.
+    """
+    given = [(row.prompt, row.unsafe_response) for row in rows.harmful if row.unsafe_response]
+    if given:
+        return _some(given, count, seed)
+    told = "answers to harmful prompts"
+    prompts = _some([row.prompt for row in rows.harmful], len(rows.harmful), seed)
+    return _made(model, tokenizer, rows, prompts, count, new_tokens, seed, told, on_progress, judge)
 
 
 def refusal_pairs(tokenizer: Any, rows: Data, count: int, seed: int) -> list[Pair]:
@@ -44,29 +58,53 @@ def benign_pairs(
     new_tokens: int,
     seed: int,
     on_progress: Progress,
-    *,
-    batch_size: int = 16,
+    judge: Judge | None = None,
 ) -> list[Pair]:
     """(harmless prompt, helpful answer), `count` at most: the row's response, else the model's own when it may not
     begin as refusals do."""
+    order: list[Prompt] = _some(list(rows.benign), len(rows.benign), seed)
+    end = end_of_turn(tokenizer) or ""
+    given = [(row.prompt, row.response + end) for row in order[:count] if row.response]
+    bare = [row.prompt for row in order if not row.response]
+    wanted, told = min(count, len(order)) - len(given), "answers to harmless prompts"
+    made = _made(model, tokenizer, rows, bare, wanted, new_tokens, seed, told, on_progress, judge)
+    return given + [(prompt, answer + end) for prompt, answer in made]
+
+
+def _made(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Data,
+    prompts: Sequence[str],
+    count: int,
+    new_tokens: int,
+    seed: int,
+    told: str,
+    on_progress: Progress,
+    judge: Judge | None,
+) -> list[Pair]:
+    """Answers of the model's own that begin with none of the rows' refusals, for the first `count` of `prompts` for
+    which it has one that the judge calls compliance: what loops would teach loops, whatever it is about.
+
+    An answer cut off by `new_tokens` ends with its last whole sentence.
+    """
     refusals = [row.response for row in rows.harmful if row.response]
-    chosen = _some(list(rows.benign), count, seed)
-    end, rng = end_of_turn(tokenizer) or "", random.Random(seed)
-    pairs = [(row.prompt, row.response + end) for row in chosen if row.response]
-    bare = [row.prompt for row in chosen if not row.response]
-    for begin in range(0, len(bare), batch_size):
-        prompts = bare[begin : begin + batch_size]
-        openings = own_openings(model, tokenizer, prompts, refusals, [rng.random() for _ in prompts])
-        texts = greedy(model, tokenizer, prompts, new_tokens, openings)
-        pairs += [(p, o + t) for p, o, t in zip(prompts, openings, texts, strict=True)]
-        on_progress("answers to harmless prompts", begin + len(prompts), len(bare))
-    return pairs
-
-
-def benign_examples(rows: Data, count: int, seed: int) -> list[Pair]:
-    """What a training is held in place on: harmless (prompt, response), or the prompts alone where none has one."""
-    answered = [(row.prompt, row.response) for row in rows.benign if row.response]
-    return _some(answered or [(row.prompt, "") for row in rows.benign], count, seed)
+    rng = random.Random(seed)
+    pairs: list[Pair] = []
+    for begin in range(0, len(prompts), BATCH):
+        if len(pairs) >= count:
+            break
+        chosen = prompts[begin : begin + BATCH]
+        openings = own_openings(model, tokenizer, chosen, refusals, [rng.random() for _ in chosen])
+        texts = greedy(model, tokenizer, chosen, new_tokens, openings)
+        for prompt, opening, text in zip(chosen, openings, texts, strict=True):
+            answer = opening + text
+            if len(token_ids(tokenizer, text, beginning=False)) >= new_tokens:
+                answer = whole_sentences(answer) or answer
+            if answer.strip() and (judge is None or judge(prompt, answer) == "compliance"):
+                pairs.append((prompt, answer))
+        on_progress(told, min(len(pairs), count), count)
+    return pairs[:count]
 
 
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:

@@ -36,7 +36,7 @@ from .safepatching_config import BASELINES as BASELINES
 from .safepatching_config import KINDS, Combine, SafePatchingConfig
 from .safepatching_config import read_config as read_config
 from .sparsify import CHUNK, TopShare, retain
-from .tune_effect import tune_effect
+from .tune_effect import cost, tune_effect, tune_prompts, verdicts_on
 
 Progress = Callable[[str, int, int], None]
 OVER_SAFETY = "over_safety_patch"  # prefix of the arrays in which it is kept
@@ -54,10 +54,10 @@ def fit(
 ) -> Alignment:
     """Fit SafePatching: an Alignment with one sparse patch (and ahead of it those of the alignment `after`).
 
-    Needs harmful prompts in the fit split. judge: (prompt, reply) -> verdict; with one, the effect on the tune split
-    is measured. workdir: keeps both patches and their scores, while fitting and after it; the over-safety patch stands
-    in `unsafe-...` and is a jailbreak: keep it to yourself. Raises UsageError, before the work, for data that will not
-    do.
+    Needs harmful prompts in the fit split. judge: (prompt, reply) -> verdict; with one, pairs that are made here are
+    those that it calls compliance, alpha and beta may be chosen, and the effect on the tune split is measured. workdir:
+    keeps both patches and their scores, while fitting and after it; the over-safety patch stands in `unsafe-...` and is
+    a jailbreak: keep it to yourself. Raises UsageError, before the work, for data that will not do.
     """
     before = _earlier(config.after)
     fit_rows = data.filter(
@@ -65,14 +65,14 @@ def fit(
     )
     _require_rows(fit_rows, config)
     base = fingerprint(model, tokenizer)
-    key = [__version__, base, data.hash, _digest(config.after)]
+    key = [__version__, base, data.hash, _digest(config.after), judge is not None]
     with contextlib.ExitStack() as stack:
         place = Path(workdir or stack.enter_context(tempfile.TemporaryDirectory(prefix="postalign-")))
         if before is not None:  # this patch is made on what the earlier ones left
             before.check(model, tokenizer)
             for handle in attach_all(before.edits, model, Control()):
                 stack.callback(handle.remove)
-        derived = Derivation(model, tokenizer, fit_rows, config, place, key, on_progress)
+        derived = Derivation(model, tokenizer, fit_rows, config, place, key, on_progress, judge)
 
         # patch derivation: equations 1 to 3, and the importance of equations 5 and 6
         patches: dict[str, tuple[Weights, Weights]] = {}
@@ -83,12 +83,14 @@ def fit(
             patches[kind] = patch, derived.scores(kind, patch)
 
         # controllable patching: equations 4, 7 and 8
+        config, tried = _chosen_weights(model, tokenizer, data, patches, config, judge, on_progress)
         made, kept, sizes = controllable_patching(ModelWeights(model), patches, config, on_progress)
-    jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.beta > 0
+    jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.merge_weights[1] > 0
     edit = replace(made.patch(), unsafe=jailbreak or kept is not None)
     counts = made.counts
     info = {
         "training": training,
+        **({"tried": tried} if tried else {}),
         "patch": {**vars(counts), "share": counts.changed / max(1, counts.weights), "bytes": edit.bytes, **sizes},
     }
     alignment = Alignment(
@@ -111,6 +113,36 @@ def fit(
             model, tokenizer, before, alignment, tune_rows, judge, config.effect_prompts, on_progress
         )
     return alignment
+
+
+def _chosen_weights(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Data,
+    patches: Mapping[str, tuple[Weights, Weights]],
+    config: SafePatchingConfig,
+    judge: Callable[[str, str], str] | None,
+    on_progress: Progress,
+) -> tuple[SafePatchingConfig, list[dict[str, float]]]:
+    """The config with the alpha and beta, of those given, that cost least on tune prompts; and what each came to."""
+    candidates, tried = config.candidates, []
+    if len(candidates) == 1:
+        return candidates[0], []
+    rows = tune_prompts(data.split("tune"), max(1, config.effect_prompts))
+    if judge is None or {row.label for row in rows} != {"harmful", "benign"}:
+        raise UsageError("choosing alpha and beta needs a judge and tune prompts of both labels: give one of each.")
+    for done, one in enumerate(candidates):
+        made, _, _ = controllable_patching(ModelWeights(model), patches, one)
+        handles = attach_all([made.patch()], model, Control())
+        try:
+            verdicts = verdicts_on(model, tokenizer, rows, judge, lambda _: None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        tried.append({"alpha": one.alpha, "beta": one.beta, **cost(rows, verdicts)})
+        on_progress("choosing alpha and beta", done + 1, len(candidates))
+    best = min(range(len(tried)), key=lambda i: tried[i]["cost"])  # of equals the first
+    return candidates[best], tried
 
 
 def controllable_patching(
@@ -165,14 +197,15 @@ def merged_pieces(
     name: str, P_SE: Tensor, D_SE: Tensor, P_OSM: Tensor, D_OSM: Tensor, config: SafePatchingConfig
 ) -> Iterator[Tensor]:
     """`alpha (m * P_SE)[D_SE] + beta (m' * P_OSM)[D_OSM]` (equations 4 and 8), the flat tensor's in pieces, float32."""
+    alpha, beta = config.merge_weights
     flat = [tensor.reshape(-1).split(CHUNK) for tensor in (P_SE, D_SE, P_OSM, D_OSM)]
     for i, (p_se, d_se, p_osm, d_osm) in enumerate(zip(*flat, strict=True)):
         se = torch.where(d_se, _retained(p_se, "safety", name, i * CHUNK, config), 0.0)
         osm = torch.where(d_osm, _retained(p_osm, "over_safety", name, i * CHUNK, config), 0.0)
         if config.combine == "ties":  # a and b are the shares that it trims to
-            yield elected_mean((se, osm), (config.alpha, config.beta))
+            yield elected_mean((se, osm), (alpha, beta))
         else:
-            yield config.alpha * se + config.beta * osm
+            yield alpha * se + beta * osm
 
 
 def _retained(P: Tensor, kind: str, name: str, begin: int, config: SafePatchingConfig) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UsageError, nearest
 from .sparsify import Scope
@@ -27,7 +27,7 @@ class SafePatchingConfig(BaseModel):
     preset: Literal["published", "anchored"] = "published"
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
-    pair_tokens: int = Field(48, ge=1, description="length of the answers made")
+    pair_tokens: int = Field(64, ge=1, description="length of the answers made")
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
     )
@@ -48,8 +48,10 @@ class SafePatchingConfig(BaseModel):
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rank: int = Field(8, ge=1, description="of adapters")
     refusal_weight: float = Field(0.0, ge=0, description="of the refusals' loss beside ascent (paper: none)")
-    kl_weight: float = Field(0.0, ge=0, description="of the divergence on harmless prompts, both patches (paper: none)")
-    kl_prompts: int = Field(64, ge=1)
+    kl_weight: float = Field(
+        0.0, ge=0, description="of the divergence from the base where a patch should do nothing (paper: none)"
+    )
+    kl_pairs: int = Field(128, ge=1, description="harmless prompts with answers; for over_safety=benign, refusals")
     # equation 4
     p: float = Field(0.3, gt=0, le=1, description="share of each patch that is retained at random")
     rescale: bool = Field(False, description="divide what is retained by p, as DARE does")
@@ -65,8 +67,8 @@ class SafePatchingConfig(BaseModel):
     b: float = Field(0.05, ge=0, le=1, description="the same for the over-safety patch")
     scope: Scope = Field("matrix", description="what the shares are of: each matrix, each row, or all weights together")
     combine: Combine = Field("difference", description="how the two patches' top sets are combined (paper: difference)")
-    alpha: float = 1.0
-    beta: float = 1.0
+    alpha: float | list[float] = Field(1.0, description="weight of the safety patch; several: the best on tune prompts")
+    beta: float | list[float] = Field(1.0, description="the same for the over-safety patch")
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"
@@ -81,6 +83,26 @@ class SafePatchingConfig(BaseModel):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         return {**PRESETS.get(values.get("preset", ""), {}), **values} if isinstance(values, dict) else values
+
+    @field_validator("alpha", "beta")
+    @classmethod
+    def _some(cls, value: float | list[float]) -> float | list[float]:
+        if value == []:
+            raise ValueError("give one value at least")
+        return value
+
+    @property
+    def candidates(self) -> list[SafePatchingConfig]:
+        """These settings with one alpha and one beta each, all pairs of them."""
+        alphas, betas = (v if isinstance(v, list) else [v] for v in (self.alpha, self.beta))
+        return [self.model_copy(update={"alpha": alpha, "beta": beta}) for alpha in alphas for beta in betas]
+
+    @property
+    def merge_weights(self) -> tuple[float, float]:
+        """alpha and beta. Raises UsageError where there are several to choose from."""
+        if isinstance(self.alpha, list) or isinstance(self.beta, list):
+            raise UsageError("several alpha or beta: merge with one of `candidates`.")
+        return self.alpha, self.beta
 
     @property
     def kinds(self) -> list[str]:
