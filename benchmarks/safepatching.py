@@ -141,6 +141,7 @@ def main() -> None:
     last = [""]
 
     def tell(stage: str, done: int, total: int) -> None:
+        stage, _, _ = stage.partition(" | ")
         if stage != last[0] or done == total:
             last[0] = stage
             print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)

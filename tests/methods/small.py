@@ -56,6 +56,8 @@ class Told:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         assert 1 <= done <= total
+        stage, _, figure = stage.partition(" | ")
+        assert not figure or float(figure.removeprefix("loss ")) >= 0
         if stage not in self.stages:
             self.stages.append(stage)
         if stage == self.stage:

@@ -31,7 +31,7 @@ from tests.tiny import tiny_model
 SMALL: dict[str, Any] = {
     "pairs": 3, "pair_tokens": 4, "safety_steps": 2, "over_safety_steps": 2, "batch_size": 2, "score_pairs": 2,
     "safety_learning_rate": 1e-2, "over_safety_learning_rate": 1e-2, "a": 0.3, "b": 0.3, "p": 0.5,
-    "values": "float32", "kl_pairs": 2,
+    "values": "float32", "max_loss_rise": 8.0, "kl_pairs": 2,
 }  # fmt: skip
 PRESETS = ["published", "anchored"]
 
@@ -58,7 +58,7 @@ def ascent(model: Any, tokenizer: Any, folder: Path, **more: Any) -> dict[str, T
     """The ascent model, by the training alone."""
     rows = DATA.split("fit")
     pairs = harmful_pairs(model, tokenizer, rows, 3, 4, 0, lambda *_: None)
-    given = {"direction": "ascent", "steps": 2, "batch_size": 2, "learning_rate": 1e-2, "max_answer_loss": 8.0, **more}
+    given = {"direction": "ascent", "steps": 2, "batch_size": 2, "learning_rate": 1e-2, "max_loss_rise": 8.0, **more}
     delta = FolderWeights(train_delta(model, tokenizer, pairs, TrainSettings(**given), workdir=folder))
     with with_delta(model, delta):
         return state(model)
@@ -149,7 +149,7 @@ def test_the_equations(scope: Any, rescale: bool, tiny_tokenizer: Any, tmp_path:
         )
     alignment = fit(
         model, tiny_tokenizer, a=0.3, b=0.2, p=0.5, alpha=0.7, beta=1.5, rescale=rescale, scope=scope,
-        max_answer_loss=None,
+        max_loss_rise=None,
     )  # fmt: skip
     found = patched(model, alignment)
     for name in theta:
@@ -344,8 +344,8 @@ def test_scoring_the_base_alone_leaves_nothing(tiny_llama: Any, tiny_tokenizer: 
 
 
 def test_ascent_stops_in_time(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    alignment = fit(tiny_llama, tiny_tokenizer, max_answer_loss=0.1, combine="safety", safety_steps=5)
-    assert alignment.info["training"]["safety_stopped"] and alignment.info["training"]["safety_steps"] < 5
+    alignment = fit(tiny_llama, tiny_tokenizer, max_loss_rise=1e-6, combine="safety", safety_steps=9)
+    assert alignment.info["training"]["safety_stopped"] and alignment.info["training"]["safety_steps"] < 9
 
 
 # what is unsafe

@@ -106,11 +106,15 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress() -> Iterator[OnProgress]:
-    """Yield `on_progress(stage, done, total)`: bars with rate and time left on a terminal, else lines."""
+    """Yield `on_progress(stage, done, total)`: bars with rate and time left on a terminal, else lines.
+
+    What stands behind " | " in a stage is a figure of the moment (a loss), shown beside the bar.
+    """
     if not sys.stderr.isatty():
         seen: set[str] = set()
 
         def on_stage(stage: str, done: int, total: int) -> None:
+            stage, _, _ = stage.partition(" | ")
             if stage not in seen:
                 seen.add(stage)
                 note(f"{stage} ({total})" if total else stage)
@@ -135,10 +139,12 @@ def progress() -> Iterator[OnProgress]:
         tasks: dict[str, Any] = {}
 
         def on_progress(stage: str, done: int, total: int) -> None:
+            stage, _, figure = stage.partition(" | ")
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total or None, rate="")
             task = bars.tasks[bars.task_ids.index(tasks[stage])]
             rate = f"{task.speed:.1f}/s" if task.speed else ""
+            rate = f"{rate} {figure}".strip()
             bars.update(tasks[stage], completed=done, total=total or None, rate=rate)
 
         yield on_progress

@@ -32,7 +32,7 @@ _SHARED = (
     "categories seed"
 ).split()
 _OWN = {
-    "safety": "safety safety_steps safety_learning_rate max_answer_loss refusal_weight".split(),
+    "safety": "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight".split(),
     "over_safety": "over_safety over_safety_steps over_safety_learning_rate".split(),
 }
 _SCORING = "importance score_on score_loss_on score_pairs".split()
@@ -61,7 +61,6 @@ class Derivation:
         except PostalignError:  # not done yet
             settings = self._settings(kind)
             config = self.config
-            refusals = kind == "safety" and config.refusal_weight and config.safety != "refusal"
             delta = train_delta(
                 self.model,
                 self.tokenizer,
@@ -69,8 +68,8 @@ class Derivation:
                 settings,
                 workdir=place,
                 benign=self._held(kind) if config.kl_weight else (),
-                wanted=refusal_pairs(self.tokenizer, self.rows, config.pairs, config.seed) if refusals else (),
-                on_step=lambda step, steps, *_: self.on_progress(told, step, steps),
+                wanted=self._wanted(kind),
+                on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
             )
             history = training_history(place)
         steps = self.config.safety_steps if kind == "safety" else self.config.over_safety_steps
@@ -113,6 +112,15 @@ class Derivation:
             return self._benign[: self.config.pairs]
         return self._harmful
 
+    def _wanted(self, kind: str) -> list[Pair]:
+        """What the training of the safety patch makes likelier meanwhile."""
+        config = self.config
+        if kind == "safety" and config.safety == "refusal" and config.benign_weight:
+            return self._benign[: config.pairs]
+        if kind == "safety" and config.safety != "refusal" and config.refusal_weight:
+            return refusal_pairs(self.tokenizer, self.rows, config.pairs, config.seed)
+        return []
+
     def _held(self, kind: str) -> list[Pair]:
         """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
         if kind == "over_safety" and self.config.over_safety == "benign":
@@ -147,10 +155,10 @@ class Derivation:
             direction="descent" if not safety or config.safety == "refusal" else config.safety,
             steps=config.safety_steps if safety else config.over_safety_steps,
             learning_rate=config.safety_learning_rate if safety else config.over_safety_learning_rate,
-            max_answer_loss=config.max_answer_loss if safety else None,
+            max_loss_rise=config.max_loss_rise if safety else None,
             alpha=2.0 * config.rank,
             kl_weight=config.kl_weight,
-            wanted_weight=config.refusal_weight,
+            wanted_weight=config.benign_weight if config.safety == "refusal" else config.refusal_weight,
             seed=config.seed,
         )
 

@@ -39,7 +39,9 @@ class SafePatchingConfig(BaseModel):
     loss_on: Literal["answer", "question", "all"] = "answer"
     safety_steps: int = Field(40, ge=1)
     safety_learning_rate: float = Field(5e-5, gt=0)
-    max_answer_loss: float | None = Field(8.0, gt=0, description="where ascent stops, nats per token; None: nowhere")
+    max_loss_rise: float | None = Field(
+        0.7, gt=0, description="how far ascent may raise the answers' loss, nats per token; None: no stop"
+    )
     over_safety_steps: int = Field(40, ge=1)
     over_safety_learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(8, ge=1)
@@ -48,6 +50,7 @@ class SafePatchingConfig(BaseModel):
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rank: int = Field(8, ge=1, description="of adapters")
     refusal_weight: float = Field(0.0, ge=0, description="of the refusals' loss beside ascent (paper: none)")
+    benign_weight: float = Field(0.0, ge=0, description="of the harmless answers' loss beside safety=refusal")
     kl_weight: float = Field(
         0.0, ge=0, description="of the divergence from the base where a patch should do nothing (paper: none)"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,9 +68,9 @@ def descend(
 ) -> History:
     """Minimise the sum of `terms` over `parameters`, from `history.step` on.
 
-    The rate rises linearly over `warmup` steps and then stays. limit: the first term's loss at which it ends, a mean
-    over SMOOTHED steps; the step that finds it reached changes nothing any more. on_step: called in every process after
-    each step. before_pass(rows): called ahead of every forward pass.
+    The rate rises linearly over `warmup` steps and then stays. limit: how far the first term's loss may rise, the mean
+    over the last SMOOTHED steps above that over the first; the step that finds it reached changes nothing any more.
+    on_step: called in every process after each step. before_pass(rows): called ahead of every forward pass.
     Raises PostalignError when a loss or gradient is not finite.
     """
     history = history or History()
@@ -85,8 +86,7 @@ def descend(
             raise diverged()
         history.losses.append(loss)
         history.answer_losses.append(answers)
-        recent = history.answer_losses[-SMOOTHED:]
-        if sum(recent) / len(recent) >= limit:
+        if _rise(history.answer_losses) >= limit:
             history.stopped = True
         else:
             if not math.isfinite(processes.clip(parameters, max_grad_norm)):
@@ -96,6 +96,10 @@ def descend(
         on_step(history)
     optimiser.zero_grad()
     return history
+
+
+def _rise(losses: list[float]) -> float:
+    return statistics.mean(losses[-SMOOTHED:]) - statistics.mean(losses[:SMOOTHED])
 
 
 def _accumulate(

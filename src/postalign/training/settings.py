@@ -32,8 +32,10 @@ class TrainSettings(BaseModel):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises; then it stays")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    max_answer_loss: float | None = Field(
-        None, gt=0, description="ascent and npo end when the pairs' loss, a mean over 4 steps, reaches it; None: never"
+    max_loss_rise: float | None = Field(
+        None,
+        gt=0,
+        description="ascent and npo end when the pairs' loss, a mean over 4 steps, has risen so far; None: never",
     )
     rank: int = Field(8, ge=1, description="of the adapter")
     alpha: float = Field(16.0, gt=0, description="of the adapter: its scale is alpha / rank")

@@ -89,7 +89,7 @@ def train_delta(
             if on_step is not None and processes.main:
                 on_step(history.step, settings.steps, history.losses[-1], history.answer_losses[-1])
 
-        limit = settings.max_answer_loss if settings.direction != "descent" else None
+        limit = settings.max_loss_rise if settings.direction != "descent" else None
         history = descend(
             run,
             list(parameters.values()),
