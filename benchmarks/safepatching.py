@@ -12,6 +12,7 @@ with the first. Figures go to benchmarks/results/. Killed, it goes on with the s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -39,6 +40,8 @@ from postalign.models.shards import FolderWeights, write_tensors
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "instructions"
+ABLATIONS = {name: BASELINES[name] for name in ("safety_only", "over_safety_only", "intersection", "union")}
+ABLATIONS |= {"p = 1": {"p": 1.0}, "p = 0.5": {"p": 0.5}, "SNIP": {"importance": "snip"}}
 VERDICTS = ("compliance", "refusal", "degenerate")
 
 
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="key=value of the method, JSON values")
     parser.add_argument("--systems", default="all", help="names, with commas; base is always there")
     parser.add_argument("--seeds", default="0,1,2", help="of the presets")
+    parser.add_argument("--fit-only", action="store_true", help="fit the presets among the systems, and stop")
     parser.add_argument("--plain", type=int, default=60, help="Self-Instruct prompts")
     parser.add_argument("--answered", type=int, default=100, help="instructions with a reference answer")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -164,6 +168,7 @@ def main() -> None:
 
     def fitted(name: str, config: dict[str, Any]) -> tuple[pa.Alignment, float]:
         folder, begun = args.out / "alignments" / name, time.perf_counter()
+        timed = folder.with_name(f"{name}.seconds")
         if not (folder / "alignment.json").exists():
             pa.fit(
                 "safepatching",
@@ -174,7 +179,8 @@ def main() -> None:
                 on_progress=tell,
                 workdir=args.out / "work",
             ).save_pretrained(folder)
-        return pa.Alignment.from_pretrained(folder), time.perf_counter() - begun
+            write_whole(timed, str(time.perf_counter() - begun))
+        return pa.Alignment.from_pretrained(folder), float(timed.read_text(encoding="utf-8"))
 
     def patched(config: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
         def write(folder: Path) -> dict[str, Any]:
@@ -186,10 +192,20 @@ def main() -> None:
 
         return write
 
+    def ablated(preset: str, config: dict[str, Any]) -> Callable[[Path], dict[str, Any]]:
+        """One thing changed in a preset, at the alpha and beta that were chosen for it."""
+
+        def write(folder: Path) -> dict[str, Any]:
+            whole, _ = fitted(f"{preset}, seed {seeds[0]}", {"preset": preset, "seed": seeds[0]})
+            chosen = {key: whole.config[key] for key in ("alpha", "beta")}
+            return patched({"preset": preset, "seed": seeds[0], **chosen, **config})(folder)
+
+        return write
+
     def jailbroken() -> Path:
         folder = args.out / "models" / "unsafe-malicious-fine-tuning"
         if not folder.exists():
-            alone = {"combine": "over_safety", "p": 1.0, "b": 1.0, "over_safety": "harmful"}
+            alone = {"combine": "over_safety", "p": 1.0, "b": 1.0, "alpha": 1.0, "beta": 1.0}
             patched(alone)(folder)
         return folder
 
@@ -197,10 +213,18 @@ def main() -> None:
     for preset in PRESETS:
         for seed in seeds:
             systems[f"{preset}, seed {seed}"] = patched({"preset": preset, "seed": seed})
-    systems |= {name: patched({**config, "seed": seeds[0]}) for name, config in BASELINES.items()}
+    systems |= {name: patched({**config, "seed": seeds[0]}) for name, config in BASELINES.items() if "beta" in config}
+    for preset in PRESETS:
+        for name, config in ABLATIONS.items():
+            systems[f"{preset}, {name}"] = ablated(preset, config)
     if args.model != "smollm2":
         systems |= checkpoints(saved(args.model), saved("smollm2"), jailbroken)
     wanted = list(systems) if args.systems == "all" else ["base", *args.systems.split(";")]
+    if args.fit_only:  # so that fits and replies can go on side by side
+        for preset, seed in itertools.product(PRESETS, seeds):
+            if f"{preset}, seed {seed}" in wanted:
+                fitted(f"{preset}, seed {seed}", {"preset": preset, "seed": seed})
+        return
     found: dict[str, Any] = {}
     for name in wanted:
         kept = args.out / "rows" / f"{name}.json"

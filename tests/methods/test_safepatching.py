@@ -19,19 +19,21 @@ from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
 from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
-from postalign.methods.patch_pairs import benign_pairs, harmful_pairs, refusal_pairs
+from postalign.methods.patch_pairs import benign_pairs, first_tokens, harmful_pairs, refusal_pairs
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
 from postalign.models.shards import DictWeights, FolderWeights, ModelWeights, write_tensors
 from postalign.training import TrainSettings, train_delta
+from postalign.training.batches import labelled_batch
+from postalign.training.losses import row_losses
 from tests.methods.small import DATA, Told, by_bytes
 from tests.tiny import tiny_model
 
 SMALL: dict[str, Any] = {
     "pairs": 3, "pair_tokens": 4, "safety_steps": 2, "over_safety_steps": 2, "batch_size": 2, "score_pairs": 2,
     "safety_learning_rate": 1e-2, "over_safety_learning_rate": 1e-2, "a": 0.3, "b": 0.3, "p": 0.5,
-    "values": "float32", "max_loss_rise": 8.0, "kl_pairs": 2,
+    "alpha": 1.0, "beta": 1.0, "values": "float32", "max_loss_rise": 8.0, "kl_pairs": 2,
 }  # fmt: skip
 PRESETS = ["published", "anchored"]
 
@@ -177,7 +179,9 @@ def test_how_the_sets_combine(combine: Any, safety: list[int], over_safety: list
         "safety": (DictWeights({"w": torch.full((4,), 2.0)}), DictWeights({"w": torch.tensor(SE).float()})),
         "over_safety": (DictWeights({"w": torch.full((4,), 5.0)}), DictWeights({"w": torch.tensor(OSM).float()})),
     }
-    config = read_config({"p": 1.0, "a": 0.5, "b": 0.5, "combine": combine, "beta": 10.0, "values": "float32"})
+    config = read_config(
+        {"alpha": 1.0, "p": 1.0, "a": 0.5, "b": 0.5, "combine": combine, "beta": 10.0, "values": "float32"}
+    )
     made, kept, sizes = controllable_patching(base, {kind: patches[kind] for kind in config.kinds}, config)
     wanted = 2 * torch.tensor(safety) + 50 * torch.tensor(over_safety)
     assert torch.equal(made.patch().merge("w", torch.zeros(4)), wanted.float())
@@ -199,7 +203,7 @@ def test_ties_between_the_two_patches() -> None:
 def test_one_patch_may_have_tensors_that_the_other_lacks() -> None:
     base = DictWeights({"w": torch.zeros(4), "v": torch.zeros(4)})
     one = DictWeights({"w": torch.ones(4), "v": torch.ones(4)})
-    config = read_config({"p": 1.0, "a": 1.0, "b": 0.0})
+    config = read_config({"p": 1.0, "a": 1.0, "b": 0.0, "alpha": 1.0, "beta": 1.0})
     made, *_ = controllable_patching(base, {"safety": (one, one)}, config)
     assert sorted(made.entries) == ["v", "w"]
 
@@ -218,7 +222,9 @@ def test_shards_do_not_show(scope: Any, tmp_path: Path, monkeypatch: pytest.Monk
         return {n: (tensor * 200).round() for n, tensor in random().items()}
 
     parts = {"safety": (random(), scores()), "over_safety": (random(), scores())}
-    config = read_config({"p": 0.4, "a": 0.2, "b": 0.3, "scope": scope, "values": "bfloat16"})
+    config = read_config(
+        {"alpha": 1.0, "beta": 1.0, "p": 0.4, "a": 0.2, "b": 0.3, "scope": scope, "values": "bfloat16"}
+    )
     in_memory = {kind: (DictWeights(d), DictWeights(s)) for kind, (d, s) in parts.items()}
     wanted = controllable_patching(ModelWeights(model), in_memory, config)[0].patch()
 
@@ -247,7 +253,7 @@ def test_pieces_are_those_of_the_masks() -> None:
     patches = {"safety": (one, one), "over_safety": (one, one)}
 
     def kept(**settings: Any) -> Tensor:
-        config = read_config({"p": 0.5, "a": 1.0, "b": 1.0, "combine": "union", "beta": 2.0, **settings})
+        config = read_config({"alpha": 1.0, "p": 0.5, "a": 1.0, "b": 1.0, "combine": "union", "beta": 2.0, **settings})
         return controllable_patching(base, patches, config)[0].patch().merge("w", torch.zeros(1000))
 
     assert torch.unique(kept()).tolist() == [0, 1, 2, 3]
@@ -268,7 +274,7 @@ def test_presets(preset: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not alignment.unsafe and alignment.weights[0].changed > 0
     assert alignment.config["preset"] == preset
-    assert alignment.config["kl_weight"] == (0 if preset == "published" else 1)
+    assert alignment.config["over_safety_kl_weight"] == (0 if preset == "published" else 1)
     assert alignment.provenance["data"] == {"name": "mine", "hash": DATA.hash, "fit": 8, "tune": 4}
     alignment.check(model, tiny_tokenizer)
     alignment.save_pretrained(tmp_path / "a")
@@ -276,7 +282,7 @@ def test_presets(preset: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert same(patched(model, loaded), patched(model, alignment)) and same(state(model), before)
     texts = pa.generate(model, tiny_tokenizer, ["How do I bake?"], alignment=loaded, max_new_tokens=4)
     assert len(texts) == 1
-    assert read_config({"preset": "anchored", "kl_weight": 0.5}).kl_weight == 0.5
+    assert read_config({"preset": "anchored", "safety_kl_weight": 0.5}).safety_kl_weight == 0.5
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -314,7 +320,10 @@ def test_resta_turns_the_over_safety_patch_round(tiny_llama: Any, tiny_tokenizer
         {"safety": "refusal"},
         {"over_safety": "benign"},
         {"refusal_weight": 1.0},
-        {"kl_weight": 1.0},
+        {"safety_kl_weight": 1.0},
+        {"over_safety_kl_weight": 1.0},
+        {"safety": "refusal", "benign_weight": 1.0},
+        {"safety": "refusal", "answer_tokens": 2},
         {"optimiser": "sgd"},
         {"rescale": True},
         {"seed": 1},
@@ -516,6 +525,30 @@ def test_answers_that_are_cut_off_end_with_a_sentence() -> None:
     assert whole_sentences("No end") == ""
 
 
+def test_the_first_tokens_of_answers(tiny_tokenizer: Any) -> None:
+    pairs = [("a", "I cannot help with that. Ask a baker."), ("b", "No.")]
+    assert first_tokens(tiny_tokenizer, pairs, None) == pairs
+    (_, long), short = first_tokens(tiny_tokenizer, pairs, 5)
+    assert short == ("b", "No.") and pairs[0][1].startswith(long)
+    assert len(tiny_tokenizer(long, add_special_tokens=False).input_ids) == 5
+
+
+def test_harmless_answers_beside_the_refusals(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    """They make harmless answers likelier than the refusals alone do."""
+
+    def answer_loss(**settings: Any) -> float:
+        kinds = {"safety": "refusal", "combine": "safety", "a": 1.0, "p": 1.0, "safety_steps": 8, **settings}
+        alignment = fit(tiny_llama, tiny_tokenizer, data=answered, **kinds)
+        batch = labelled_batch(
+            tiny_tokenizer, [(row.prompt, row.response) for row in answered.benign], torch.device("cpu")
+        )
+        with alignment.applied(tiny_llama), torch.no_grad():
+            return float(row_losses(tiny_llama, batch).mean())
+
+    answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
+    assert answer_loss(benign_weight=2.0) < answer_loss() - 0.05
+
+
 def test_alpha_and_beta_are_chosen_on_tune_prompts(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """What each pair of weights came to is what a fit with these two measures."""
     asked = [row.prompt for row in DATA if row.split == "tune"]
@@ -581,7 +614,7 @@ def test_wrong_data(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> Non
         fit(tiny_llama, tiny_tokenizer, data=harmless)
     harmful = DATA.filter(lambda row: row.label == "harmful")
     with pytest.raises(UsageError, match="harmless prompts"):
-        fit(tiny_llama, tiny_tokenizer, data=harmful, kl_weight=1.0)
+        fit(tiny_llama, tiny_tokenizer, data=harmful, safety_kl_weight=1.0)
     bare = Data([replace(row, response=None) for row in DATA])
     with pytest.raises(UsageError, match="has a response"):
         fit(tiny_llama, tiny_tokenizer, data=bare, safety="refusal")

@@ -22,18 +22,20 @@ from ..errors import PostalignError, UsageError
 from ..models.shards import FolderWeights, Weights
 from ..training import TrainSettings, train_delta, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Judge, Pair, benign_pairs, harmful_pairs, refusal_pairs
+from .patch_pairs import Judge, Pair, benign_pairs, first_tokens, harmful_pairs, refusal_pairs
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens train modules loss_on batch_size micro_batch max_grad_norm optimiser rank kl_weight kl_pairs "
-    "categories seed"
+    "pairs pair_tokens answer_tokens train modules loss_on batch_size micro_batch max_grad_norm optimiser rank "
+    "kl_pairs categories seed"
 ).split()
 _OWN = {
-    "safety": "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight".split(),
-    "over_safety": "over_safety over_safety_steps over_safety_learning_rate".split(),
+    "safety": (
+        "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight"
+    ).split(),
+    "over_safety": "over_safety over_safety_steps over_safety_learning_rate over_safety_kl_weight".split(),
 }
 _SCORING = "importance score_on score_loss_on score_pairs".split()
 _LABEL = {"safety": "the safety patch", "over_safety": "the over-safety patch"}
@@ -60,14 +62,13 @@ class Derivation:
             history, delta = training_history(place), place / "delta"
         except PostalignError:  # not done yet
             settings = self._settings(kind)
-            config = self.config
             delta = train_delta(
                 self.model,
                 self.tokenizer,
                 self.pairs(kind),
                 settings,
                 workdir=place,
-                benign=self._held(kind) if config.kl_weight else (),
+                benign=self._held(kind) if settings.kl_weight else (),
                 wanted=self._wanted(kind),
                 on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
             )
@@ -107,10 +108,16 @@ class Derivation:
     def pairs(self, kind: str) -> list[Pair]:
         """What the patch of this kind is trained and scored on: by default the harmful pairs."""
         if kind == "safety" and self.config.safety == "refusal":
-            return refusal_pairs(self.tokenizer, self.rows, self.config.pairs, self.config.seed)
+            return self._refusals(self.config.pairs)
         if kind == "over_safety" and self.config.over_safety == "benign":
             return self._benign[: self.config.pairs]
         return self._harmful
+
+    def _refusals(self, count: int) -> list[Pair]:
+        config = self.config
+        return first_tokens(
+            self.tokenizer, refusal_pairs(self.tokenizer, self.rows, count, config.seed), config.answer_tokens
+        )
 
     def _wanted(self, kind: str) -> list[Pair]:
         """What the training of the safety patch makes likelier meanwhile."""
@@ -118,13 +125,13 @@ class Derivation:
         if kind == "safety" and config.safety == "refusal" and config.benign_weight:
             return self._benign[: config.pairs]
         if kind == "safety" and config.safety != "refusal" and config.refusal_weight:
-            return refusal_pairs(self.tokenizer, self.rows, config.pairs, config.seed)
+            return self._refusals(config.pairs)
         return []
 
     def _held(self, kind: str) -> list[Pair]:
         """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
         if kind == "over_safety" and self.config.over_safety == "benign":
-            return refusal_pairs(self.tokenizer, self.rows, self.config.kl_pairs, self.config.seed)
+            return self._refusals(self.config.kl_pairs)
         return self._benign[: self.config.kl_pairs]
 
     @functools.cached_property
@@ -138,7 +145,7 @@ class Derivation:
                 "the model complied with no harmful prompt, even from an opening of its own: "
                 "give answers (rows with unsafe_response)."
             )
-        return pairs
+        return first_tokens(self.tokenizer, pairs, config.answer_tokens)
 
     @functools.cached_property
     def _benign(self) -> list[Pair]:
@@ -157,7 +164,7 @@ class Derivation:
             learning_rate=config.safety_learning_rate if safety else config.over_safety_learning_rate,
             max_loss_rise=config.max_loss_rise if safety else None,
             alpha=2.0 * config.rank,
-            kl_weight=config.kl_weight,
+            kl_weight=config.safety_kl_weight if safety else config.over_safety_kl_weight,
             wanted_weight=config.benign_weight if config.safety == "refusal" else config.refusal_weight,
             seed=config.seed,
         )

@@ -107,5 +107,16 @@ def _made(
     return pairs[:count]
 
 
+def first_tokens(tokenizer: Any, pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+    """The pairs with no more than the first `count` tokens of each answer: whether one complies shows there."""
+    if count is None:
+        return list(pairs)
+    cut = []
+    for prompt, answer in pairs:
+        ids = token_ids(tokenizer, answer, beginning=False)
+        cut.append((prompt, answer if len(ids) <= count else tokenizer.decode(ids[:count])))
+    return cut
+
+
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(rows, min(count, len(rows)))

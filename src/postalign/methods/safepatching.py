@@ -128,7 +128,7 @@ def _chosen_weights(
     candidates, tried = config.candidates, []
     if len(candidates) == 1:
         return candidates[0], []
-    rows = tune_prompts(data.split("tune"), max(1, config.effect_prompts))
+    rows = tune_prompts(data.split("tune"), config.choice_prompts)
     if judge is None or {row.label for row in rows} != {"harmful", "benign"}:
         raise UsageError("choosing alpha and beta needs a judge and tune prompts of both labels: give one of each.")
     for done, one in enumerate(candidates):
@@ -250,7 +250,11 @@ def _require_rows(rows: Data, config: SafePatchingConfig) -> None:
     if not missing and refusing and not any(row.response for row in rows.harmful):
         missing = "refusals are wanted, and no harmful prompt of the fit split has a response: add some"
     answering = "over_safety" in config.kinds and config.over_safety == "benign"
-    if not missing and (answering or config.kl_weight) and not len(rows.benign):
+    if (
+        not missing
+        and (answering or config.safety_kl_weight or config.over_safety_kl_weight or config.benign_weight)
+        and not len(rows.benign)
+    ):
         missing = "harmless prompts are wanted, and the fit split has none: add them with --benign"
     if missing:
         raise UsageError(f"{missing} or use --data starter.")

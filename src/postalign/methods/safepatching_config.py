@@ -10,11 +10,17 @@ from ..errors import UsageError, nearest
 from .sparsify import Scope
 
 KINDS = ("safety", "over_safety")
-# `published` is the paper's recipe as far as it is known. `anchored` adds what keeps ascent from ending in noise: the
-# refusals are made likelier while the harmful answers become less likely, and harmless prompts hold the model in place.
+# `published` is the paper's recipe as far as it is known. On one harmful set the two patches are each other's mirror
+# image; in `anchored` each learns what the other may not undo: refusals of harmful prompts beside answers to harmless
+# ones, and answers to harmless ones while the refusals are held.
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
-    "anchored": {"refusal_weight": 1.0, "kl_weight": 1.0, "over_safety": "benign"},
+    "anchored": {
+        **{"pairs": 400, "kl_pairs": 400, "pair_tokens": 48, "answer_tokens": 12, "batch_size": 12, "micro_batch": 12},
+        **{"safety": "refusal", "benign_weight": 2.0, "safety_steps": 50, "safety_learning_rate": 1e-4},
+        **{"over_safety": "benign", "over_safety_kl_weight": 1.0, "over_safety_learning_rate": 5e-5},
+        **{"p": 1.0, "importance": "magnitude", "a": 0.025, "b": 0.025, "alpha": [3.0, 5.0, 7.0], "beta": [2.5, 4.0]},
+    },
 }
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
 
@@ -28,6 +34,9 @@ class SafePatchingConfig(BaseModel):
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
+    answer_tokens: int | None = Field(
+        None, ge=1, description="train on the first tokens of refusals and harmful answers only; None: all"
+    )
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
     )
@@ -38,12 +47,12 @@ class SafePatchingConfig(BaseModel):
     modules: Literal["blocks"] | list[str] = Field("blocks", description="blocks: all matrices of the blocks")
     loss_on: Literal["answer", "question", "all"] = "answer"
     safety_steps: int = Field(40, ge=1)
-    safety_learning_rate: float = Field(5e-5, gt=0)
+    safety_learning_rate: float = Field(2e-5, gt=0)
     max_loss_rise: float | None = Field(
         0.7, gt=0, description="how far ascent may raise the answers' loss, nats per token; None: no stop"
     )
-    over_safety_steps: int = Field(40, ge=1)
-    over_safety_learning_rate: float = Field(5e-5, gt=0)
+    over_safety_steps: int = Field(30, ge=1)
+    over_safety_learning_rate: float = Field(3e-5, gt=0)
     batch_size: int = Field(8, ge=1)
     micro_batch: int = Field(4, ge=1)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -51,12 +60,15 @@ class SafePatchingConfig(BaseModel):
     rank: int = Field(8, ge=1, description="of adapters")
     refusal_weight: float = Field(0.0, ge=0, description="of the refusals' loss beside ascent (paper: none)")
     benign_weight: float = Field(0.0, ge=0, description="of the harmless answers' loss beside safety=refusal")
-    kl_weight: float = Field(
-        0.0, ge=0, description="of the divergence from the base where a patch should do nothing (paper: none)"
+    safety_kl_weight: float = Field(
+        0.0, ge=0, description="of the safety patch's divergence from the base on harmless prompts (paper: none)"
+    )
+    over_safety_kl_weight: float = Field(
+        0.0, ge=0, description="the same for the other patch; on refusals where it is made of harmless answers"
     )
     kl_pairs: int = Field(128, ge=1, description="harmless prompts with answers; for over_safety=benign, refusals")
     # equation 4
-    p: float = Field(0.3, gt=0, le=1, description="share of each patch that is retained at random")
+    p: float = Field(0.5, gt=0, le=1, description="share of each patch that is retained at random")
     rescale: bool = Field(False, description="divide what is retained by p, as DARE does")
     # equations 5 and 6
     importance: Literal["snip", "patch", "magnitude"] = Field(
@@ -70,8 +82,10 @@ class SafePatchingConfig(BaseModel):
     b: float = Field(0.05, ge=0, le=1, description="the same for the over-safety patch")
     scope: Scope = Field("matrix", description="what the shares are of: each matrix, each row, or all weights together")
     combine: Combine = Field("difference", description="how the two patches' top sets are combined (paper: difference)")
-    alpha: float | list[float] = Field(1.0, description="weight of the safety patch; several: the best on tune prompts")
-    beta: float | list[float] = Field(1.0, description="the same for the over-safety patch")
+    alpha: float | list[float] = Field(
+        [1.0, 2.0, 4.0], description="weight of the safety patch; several: the best on tune prompts"
+    )
+    beta: float | list[float] = Field([1.0, 2.0], description="the same for the over-safety patch")
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"
@@ -79,6 +93,7 @@ class SafePatchingConfig(BaseModel):
     keep_over_safety: bool = Field(False, description="keep the over-safety patch, a jailbreak, in the alignment")
     after: str | None = Field(None, description="an alignment's folder: its patches come first, this one on top")
     categories: list[str] | None = Field(None, min_length=1, description="fit on these categories only")
+    choice_prompts: int = Field(48, ge=1, description="tune prompts of each label by which alpha and beta are chosen")
     effect_prompts: int = Field(32, ge=0, description="tune prompts of each label on which the effect is measured")
     seed: int = 0
 
@@ -115,14 +130,21 @@ class SafePatchingConfig(BaseModel):
         return [kind for kind in KINDS if used[kind]]
 
 
+PLAIN = {"alpha": 1.0, "beta": 1.0}
 # what the paper compares with, and what it leaves out of itself: settings beside the ones of a fit
 BASELINES: dict[str, dict[str, Any]] = {
-    "gradient_ascent": {"combine": "safety", "p": 1.0, "a": 1.0},
-    "npo": {"combine": "safety", "p": 1.0, "a": 1.0, "safety": "npo"},
-    "task_arithmetic": {"combine": "union", "p": 1.0, "a": 1.0, "b": 1.0},
-    "dare": {"combine": "union", "a": 1.0, "b": 1.0, "rescale": True},
-    "ties": {"combine": "ties", "p": 1.0, "a": 0.2, "b": 0.2},
-    "resta": {"combine": "over_safety", "p": 1.0, "b": 1.0, "beta": -1.0},  # the tuned model as the unaligned one
+    "gradient_ascent": {"combine": "safety", "p": 1.0, "a": 1.0, **PLAIN},
+    "npo": {"combine": "safety", "p": 1.0, "a": 1.0, "safety": "npo", **PLAIN},
+    "task_arithmetic": {"combine": "union", "p": 1.0, "a": 1.0, "b": 1.0, **PLAIN},
+    "dare": {"combine": "union", "p": 0.5, "a": 1.0, "b": 1.0, "rescale": True, **PLAIN},
+    "ties": {"combine": "ties", "p": 1.0, "a": 0.2, "b": 0.2, **PLAIN},
+    "resta": {
+        "combine": "over_safety",
+        "p": 1.0,
+        "b": 1.0,
+        "alpha": 1.0,
+        "beta": -1.0,
+    },  # the tuned model as the unaligned one
     "safety_only": {"combine": "safety"},
     "over_safety_only": {"combine": "over_safety"},
     "intersection": {"combine": "intersection"},
