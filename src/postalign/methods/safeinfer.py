@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .. import __version__
@@ -23,12 +23,13 @@ from ..alignment import Alignment, fingerprint
 from ..data.records import Data
 from ..edits import Guidance, Guide, HiddenEdit, ProbeGate
 from ..edits.hidden import DEFAULT_SCOPE
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..models.anatomy import Anatomy, anatomy
 from . import guide as guides
 from .choose import choose_strength, fit_gate
 from .head_effects import head_vector, indirect_effects, mean_head_outputs, split_half_correlation, top_heads
 from .in_context import check_context, in_context_prompts
+from .settings import checked
 from .stages import Stages
 
 # The published preset is the paper's: every generated token is pushed and guided. On small models that soon turns
@@ -103,15 +104,7 @@ class SafeInferConfig(BaseModel):
 
 def read_config(settings: dict[str, Any]) -> SafeInferConfig:
     """The settings checked: an unknown key or a bad value is a UsageError that names it."""
-    known = [f.alias or name for name, f in SafeInferConfig.model_fields.items()]
-    for key in settings:
-        if key not in known:
-            raise UsageError(f"safeinfer has no key {key!r}.{nearest(key, known)} Keys: {', '.join(known)}.")
-    try:
-        return SafeInferConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"safeinfer: {first['loc'][0]}={first['input']!r} is not possible: {first['msg']}.") from error
+    return checked("safeinfer", SafeInferConfig, settings)
 
 
 def fit(

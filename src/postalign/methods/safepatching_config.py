@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError
+from .settings import checked
 from .sparsify import Scope
 
 KINDS = ("safety", "over_safety")
@@ -155,14 +156,4 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 def read_config(settings: dict[str, Any]) -> SafePatchingConfig:
     """The settings checked: an unknown key or a bad value is a UsageError that names it."""
-    known = list(SafePatchingConfig.model_fields)
-    for key in settings:
-        if key not in known:
-            raise UsageError(f"safepatching has no key {key!r}.{nearest(key, known)} Keys: {', '.join(known)}.")
-    try:
-        return SafePatchingConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"safepatching: {first['loc'][0]}={first['input']!r} is not possible: {first['msg']}."
-        ) from error
+    return checked("safepatching", SafePatchingConfig, settings)
