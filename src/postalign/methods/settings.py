@@ -22,6 +22,5 @@ def checked(method: str, kind: type[Config], settings: Mapping[str, Any]) -> Con
         return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(
-            f"{method}: {first['loc'][0]}={first['input']!r} is not possible: {first['msg'].removeprefix('Value error, ')}."
-        ) from error
+        why = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{method}: {first['loc'][0]}={first['input']!r} is not possible: {why}.") from error
