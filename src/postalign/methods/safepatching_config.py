@@ -19,8 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "anchored": {
         **{"pairs": 400, "kl_pairs": 400, "pair_tokens": 48, "answer_tokens": 12, "batch_size": 12, "micro_batch": 12},
         **{"safety": "refusal", "benign_weight": 2.0, "safety_steps": 50, "safety_learning_rate": 1e-4},
-        **{"over_safety": "benign", "over_safety_kl_weight": 1.0, "over_safety_learning_rate": 5e-5},
-        **{"p": 1.0, "importance": "magnitude", "a": 0.025, "b": 0.025, "alpha": [3.0, 5.0, 7.0], "beta": [2.5, 4.0]},
+        **{"over_safety": "benign", "over_safety_kl_weight": 0.3, "over_safety_learning_rate": 1e-4},
+        **{"p": 1.0, "importance": "magnitude", "a": 0.02, "b": 0.02, "alpha": [5.0, 8.0, 12.0], "beta": [3.0, 5.0]},
     },
 }
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
