@@ -151,7 +151,8 @@ class Derivation:
     def _benign(self) -> list[Pair]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
-        return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
+        pairs = benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
+        return first_tokens(self.tokenizer, pairs, config.answer_tokens)
 
     def _settings(self, kind: str) -> TrainSettings:
         config = self.config
