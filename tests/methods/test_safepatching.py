@@ -274,7 +274,7 @@ def test_presets(preset: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not alignment.unsafe and alignment.weights[0].changed > 0
     assert alignment.config["preset"] == preset
-    assert alignment.config["over_safety_kl_weight"] == (0 if preset == "published" else 0.3)
+    assert alignment.config["over_safety_kl_weight"] == (0 if preset == "published" else 1)
     assert alignment.provenance["data"] == {"name": "mine", "hash": DATA.hash, "fit": 8, "tune": 4}
     alignment.check(model, tiny_tokenizer)
     alignment.save_pretrained(tmp_path / "a")

@@ -17,10 +17,10 @@ KINDS = ("safety", "over_safety")
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
-        **{"pairs": 400, "kl_pairs": 400, "pair_tokens": 48, "answer_tokens": 12, "batch_size": 12, "micro_batch": 12},
-        **{"safety": "refusal", "benign_weight": 2.0, "safety_steps": 50, "safety_learning_rate": 1e-4},
-        **{"over_safety": "benign", "over_safety_kl_weight": 0.3, "over_safety_learning_rate": 1e-4},
-        **{"p": 1.0, "importance": "magnitude", "a": 0.02, "b": 0.02, "alpha": [5.0, 8.0, 12.0], "beta": [3.0, 5.0]},
+        **{"pairs": 400, "kl_pairs": 400, "pair_tokens": 24, "answer_tokens": 12, "batch_size": 16, "micro_batch": 16},
+        **{"safety": "refusal", "benign_weight": 1.0, "safety_steps": 60, "safety_learning_rate": 1e-4},
+        **{"over_safety": "benign", "over_safety_kl_weight": 1.0, "over_safety_learning_rate": 5e-5},
+        **{"p": 1.0, "importance": "magnitude", "a": 0.021, "b": 0.021, "alpha": [3.0, 5.0, 7.0], "beta": [2.5, 4.0]},
     },
 }
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
@@ -35,9 +35,7 @@ class SafePatchingConfig(BaseModel):
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
-    answer_tokens: int | None = Field(
-        None, ge=1, description="train on the first tokens of refusals and harmful answers only; None: all"
-    )
+    answer_tokens: int | None = Field(None, ge=1, description="train on the first tokens of answers only; None: all")
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
     )
