@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pathlib import Path
 def command() -> str:
     """The command line of this run, as one would type it in the repository; paths by their last names."""
     script = Path(sys.argv[0]).name
-    return " ".join(["python", f"benchmarks/{script}", *map(without_folder, sys.argv[1:])])
+    return " ".join(["python", f"benchmarks/{script}", *(shlex.quote(without_folder(word)) for word in sys.argv[1:])])
 
 
 def without_folder(argument: str) -> str:

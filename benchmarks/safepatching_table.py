@@ -35,14 +35,12 @@ def main() -> None:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name, system in systems.items():
         groups[re.sub(r", seed \d+$", "", name)].append(system)
-    print("| | " + " | ".join(title for title, _, _ in COLUMNS) + " | changed weights | minutes |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
+    print("| | " + " | ".join(title for title, _, _ in COLUMNS) + " | changed weights |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
     for name, members in groups.items():
         cells = [spread([value(one["figures"], base, *column[1:]) for one in members], column[2]) for column in COLUMNS]
         patches = [one["patch"]["share"] for one in members if "patch" in one]
-        minutes = [one["seconds"] / 60 for one in members if "seconds" in one]
         cells.append(f"{100 * statistics.mean(patches):.1f} %" if patches else "-")
-        cells.append(f"{max(minutes):.0f}" if minutes else "-")
         print(f"| {name} ({len(members)}) | " + " | ".join(cells) + " |")
 
 
