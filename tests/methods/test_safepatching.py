@@ -573,8 +573,11 @@ def test_alpha_and_beta_are_chosen_on_tune_prompts(tiny_llama: Any, tiny_tokeniz
         assert 1 - effect.get("harmful_refusal_after", 0.0) == one["harmful"]
         assert effect.get("benign_degenerate_after", 0.0) == one["benign"]
         assert "tried" not in alone.info
-    with pytest.raises(UsageError, match="needs a judge"):
-        fit(tiny_llama, tiny_tokenizer, **{**settings, "judge": None})
+    told = Told()
+    for lacking in ({"judge": None}, {"data": DATA.filter(lambda row: row.split != "tune")}):
+        with pytest.raises(UsageError, match="needs a judge"):
+            fit(tiny_llama, tiny_tokenizer, **{**settings, "on_progress": told, **lacking})
+    assert not told.stages  # before any work
 
 
 def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:

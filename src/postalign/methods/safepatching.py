@@ -64,6 +64,12 @@ def fit(
         lambda row: row.split in (None, "fit") and (row.label != "harmful" or _chosen(row.category, config))
     )
     _require_rows(fit_rows, config)
+    tune = data.split("tune")
+    if len(config.candidates) > 1 and (judge is None or not len(tune.harmful) or not len(tune.benign)):
+        raise UsageError(
+            "choosing alpha and beta needs a judge, and tune prompts both harmful and harmless: "
+            "add some, use --data starter, or set one number each (alpha=2, beta=1)."
+        )
     base = fingerprint(model, tokenizer)
     key = [__version__, base, data.hash, _digest(config.after), judge is not None]
     with contextlib.ExitStack() as stack:
@@ -128,9 +134,8 @@ def _chosen_weights(
     candidates, tried = config.candidates, []
     if len(candidates) == 1:
         return candidates[0], []
+    assert judge is not None  # told before the work
     rows = tune_prompts(data.split("tune"), config.choice_prompts)
-    if judge is None or {row.label for row in rows} != {"harmful", "benign"}:
-        raise UsageError("choosing alpha and beta needs a judge and tune prompts of both labels: give one of each.")
     for done, one in enumerate(candidates):
         made, _, _ = controllable_patching(ModelWeights(model), patches, one)
         handles = attach_all([made.patch()], model, Control())

@@ -137,13 +137,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"combine": "union", "p": 1.0, "a": 1.0, "b": 1.0, **PLAIN},
     "dare": {"combine": "union", "p": 0.5, "a": 1.0, "b": 1.0, "rescale": True, **PLAIN},
     "ties": {"combine": "ties", "p": 1.0, "a": 0.2, "b": 0.2, **PLAIN},
-    "resta": {
-        "combine": "over_safety",
-        "p": 1.0,
-        "b": 1.0,
-        "alpha": 1.0,
-        "beta": -1.0,
-    },  # the tuned model as the unaligned one
+    # the tuned model as the unaligned one
+    "resta": {"combine": "over_safety", "p": 1.0, "b": 1.0, "alpha": 1.0, "beta": -1.0},
     "safety_only": {"combine": "safety"},
     "over_safety_only": {"combine": "over_safety"},
     "intersection": {"combine": "intersection"},
