@@ -64,7 +64,7 @@ def test_guidance_ends_after_its_first_tokens(tokens: int, tiny_tokenizer: Any) 
     with torch.no_grad(), Stream(model, alignment) as stream:
         stream.first(encode(tiny_tokenizer, PROMPTS))
         for step in range(1, 6):
-            assert (stream.guide is not None) == (step <= tokens)
+            assert (len(stream.guided) > 0) == (step <= tokens)
             stream.next(torch.zeros(len(PROMPTS), dtype=torch.long))
 
 

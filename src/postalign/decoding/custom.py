@@ -14,7 +14,7 @@ from ..alignment import Alignment
 from ..edits import CheckpointGuide, PromptGuide
 from ..errors import UsageError
 from ..models.chat import Batch, check_length
-from .engine import decode
+from .fixed import decode
 from .sampling import Sampler
 
 OUTPUTS = ("scores", "logits", "attentions", "hidden_states")

@@ -1,34 +1,41 @@
-"""The decoding loop behind `pa.generate`, `custom_generate` and the command line.
+"""The decoding loop behind `pa.generate` and the command line: a queue of prompts, and rows that come and go.
 
-Exact and plain: every step is one pass of the model and, for the rows that are guided, one of the guide, each on its
-own KV cache. What each row gets is decided by the gate once, from the prompt's own forward pass.
+Every reply is its prompt's own: neither the batch nor the order of coming and going matters to it. Rows that have ended
+make room for prompts that wait, and where memory runs out, half as many rows go on. Knows streams of distributions and
+tokenizers; knows no edit.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.generation import LogitsProcessorList
+from torch import nn
 
 from ..alignment import Alignment
-from ..edits import CheckpointGuide, Guidance, PromptGuide, union
-from ..errors import UsageError
+from ..edits import CheckpointGuide, PromptGuide
+from ..errors import PostalignError, UsageError
 from ..models.chat import Batch, Messages, check_length, encode, eos_ids, pad_id
-from .branches import Branch, last_states
+from .fixed import decode
 from .guides import guide_inputs, guide_model
+from .memory import fitting_rows, out_of_memory
 from .sampling import Sampler, StopText
+from .speculative import Speculation
+from .stream import Stream
 
 Prompts = Sequence[str | Messages]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply. gate: the strength its row was given (None without an alignment); finish: `stop` or `length`."""
+    """One reply. gate: the strength its row was given (None without an alignment); finish: `stop` or `length`.
+
+    seconds: its share of the time of the batches that it was in.
+    """
 
     text: str
     token_ids: list[int]
@@ -37,160 +44,199 @@ class Reply:
     seconds: float
 
 
-class Stream:
-    """The mixed next-token distribution of a batch of rows, step after step.
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way to a reply: `token_ids` grow until `done`."""
 
-    `first()` reads the prompts and returns log-probabilities float32 `[rows, vocab]`; `next(tokens)` appends one token
-    per row. `strength` `[rows]` is what the gate said.
+    ids: list[int]
+    guide_ids: list[int] | None
+    max_new_tokens: int
+    place: int  # of its random stream
+    on_token: Callable[[int], None] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    gate: float | None = None
+    seconds: float = 0.0
+    done: bool = False
+    told: int = 0
+
+    def cancel(self) -> None:
+        """Ask for no more tokens; the row makes room for another prompt."""
+        self.done = True
+
+    def restart(self) -> None:
+        self.token_ids, self.seconds = [], 0.0
+
+
+class Engine:
+    """Decodes requests, up to `batch_size` at once (None: as many as memory seems to allow).
+
+    `submit` takes a prompt at any time, `step` decodes the next token of every row that is under way. Greedy, or
+    sampled with one random stream for each request, made from (seed, its number). Use it in `with`, or close it.
     """
 
-    def __init__(self, model: nn.Module, alignment: Alignment | None, guide: nn.Module | None = None):
-        self.alignment = alignment
-        self.guidance: Guidance | None = alignment.guidance if alignment else None
-        self.gate = alignment.gate if alignment else None
-        self.model = model
-        self.branches: list[Branch] = []
-        try:
-            self.target = Branch(model, alignment.hidden if alignment else ())
-            self.branches.append(self.target)
-            self.guide: Branch | None = None
-            if self.guidance is not None and self.guidance.lam > 0:
-                self.guide = Branch(guide if guide is not None else model, self.guidance.guide.edits())
-                self.branches.append(self.guide)
-        except BaseException:
-            self.close()
-            raise
-        self.guided = torch.empty(0, dtype=torch.long)  # rows (of the current ones) that the guide runs on
-        self.replied = 0  # tokens of each row's reply so far
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        alignment: Alignment | None = None,
+        *,
+        batch_size: int | None = None,
+        sampler: Sampler | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size={batch_size} is out of range: choose 1 or more.")
+        if alignment is not None:
+            alignment.check(model, tokenizer)
+        self.model, self.tokenizer, self.alignment = model, tokenizer, alignment
+        found = alignment.guidance.guide if alignment and alignment.guidance else None
+        self.prompt_guide = found if isinstance(found, PromptGuide) else None
+        self.guide = guide_model(found, tokenizer, model) if isinstance(found, CheckpointGuide) else None
+        self.batch_size = batch_size
+        self.sampler = sampler or Sampler(False, 1.0, 1.0, 0, 0)
+        self.stop = StopText(tokenizer, stop) if stop else None
+        self.eos, self.pad = eos_ids(model, tokenizer), pad_id(tokenizer)
+        self.device = next(model.parameters()).device
+        self.stream = Stream(model, alignment, self.guide)
+        self.speculation = Speculation()
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Request] = []
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        for branch in self.branches:
-            branch.close()
+        """Take the edits out of the model."""
+        self.stream.close()
 
-    def first(self, batch: Batch, guide_batch: Batch | None = None) -> Tensor:
-        ids, mask = batch.input_ids, batch.attention_mask
-        self.strength = torch.ones(len(ids), device=ids.device)
-        if self.alignment is None:
-            return torch.log_softmax(self.target.prefill(ids, mask), dim=-1)
-        if self.gate is None:
-            logits = self.target.prefill(ids, mask, self.strength)
+    def submit(
+        self,
+        prompt: str | Messages,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 128,
+        number: int = 0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Request:
+        """Line up a prompt. number: which random stream it samples from. Raises UsageError for one that is too long."""
+        batch = encode(self.tokenizer, [prompt], system=system, device=self.device)
+        check_length(self.model, batch, max_new_tokens, numbers=[number + 1])
+        theirs = None
+        if self.prompt_guide is not None:
+            other = guide_inputs(self.prompt_guide, self.tokenizer, [prompt], self.device)
+            check_length(self.model, other, max_new_tokens, numbers=[number + 1])
+            theirs = other.input_ids[0].tolist()
+        request = Request(batch.input_ids[0].tolist(), theirs, max_new_tokens, self.sampler.add(number), on_token)
+        request.done = max_new_tokens <= 0
+        self.waiting.append(request)
+        return request
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One token, or a few, for every row that is under way; False when there is nothing left to do."""
+        started, rows = time.perf_counter(), []
+        try:
+            self._admit()
+            rows = [request for request in self.rows if not request.done]
+            if rows:
+                self._advance()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._halve(error)
+        for request in rows:
+            request.seconds += (time.perf_counter() - started) / len(rows)
+        return bool(self.rows or self.waiting)
+
+    def _admit(self) -> None:
+        """Let rows that have ended go, and prompts that wait come in, when it is worth the copying."""
+        live = [i for i, request in enumerate(self.rows) if not request.done]
+        ended = len(self.rows) - len(live)
+        if ended and (not live or 4 * ended >= len(self.rows)):
+            self._keep(live)
+        self.waiting = deque(request for request in self.waiting if not request.done)
+        if not self.waiting:
+            return
+        size = self.batch_size or self._fitting()
+        room = size - len(self.rows)
+        if self.rows and (4 * room < size or not self.stream.can_join):
+            return
+        new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+        self.rows += new  # at once, so that they are not lost when memory runs out
+        batch = self._batch([request.ids for request in new])
+        theirs = [request.guide_ids for request in new if request.guide_ids is not None]
+        guide_batch = self._batch(theirs) if theirs else None
+        if len(new) == len(self.rows):
+            scores = self.stream.first(batch, guide_batch)
         else:
-            with last_states(self.model, self.gate.layers) as states:
-                logits = self.target.prefill(ids, mask)
-            self.strength = self.gate.strength(torch.stack(states, 1)).to(ids.device)
-            if self.alignment.hidden and bool(self.strength.any()):
-                # open rows start again with their edits; a closed row's numbers do not change: it is given strength 0
-                logits = self.target.prefill(ids, mask, self.strength)
-        self.guided = self.strength.nonzero().flatten() if self.guide is not None else self.guided
-        guide_logits = None
-        if self.guide is not None and len(self.guided):
-            other = guide_batch or batch
-            rows = self.guided
-            guide_logits = self.guide.prefill(other.input_ids[rows], other.attention_mask[rows], torch.ones(len(rows)))
-        return self._mix(logits, guide_logits)
+            scores = self.stream.join(batch, guide_batch)
+        if self.alignment is not None:
+            for request, strength in zip(new, self.stream.strength[-len(new) :].tolist(), strict=True):
+                request.gate = strength
+        self._take(new, self.sampler(scores, [request.place for request in new]).tolist())
 
-    def next(self, tokens: Tensor) -> Tensor:
-        logits = self.target.step(tokens)
-        self.replied += 1
-        if self.guide is not None and self.guidance is not None and self.replied == self.guidance.tokens:
-            self.guide.close()
-            self.guide = None
-        guide_logits = None
-        if self.guide is not None and len(self.guided):
-            guide_logits = self.guide.step(tokens[self.guided])
-        return self._mix(logits, guide_logits)
+    def _advance(self) -> None:
+        """The next token of each row. A row that has ended, and has not gone yet, is fed padding."""
+        last = [request.token_ids[-1] if not request.done else self.pad for request in self.rows]
+        tokens = torch.tensor(last, device=self.device)
+        places = [request.place for request in self.rows]
+        if self.speculation.possible(self.stream):
+            most = min(one.max_new_tokens - len(one.token_ids) for one in self.rows if not one.done)
+            found = self.speculation.next(self.stream, tokens, self.sampler, places, most)
+            for request, several in zip(self.rows, found, strict=True):
+                for token in several:
+                    self._take([request], [token])
+            return
+        scores = self.stream.next(tokens, normalised=self.sampler.do_sample)
+        self._take(self.rows, self.sampler(scores, places).tolist())
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only (indices into the current ones)."""
-        self.target.keep(rows)
-        self.strength = self.strength[rows]
-        if self.guide is not None and len(self.guided):
-            kept = torch.isin(self.guided, rows)
-            self.guide.keep(kept.nonzero().flatten())
-            new_index = torch.full((int(rows.max()) + 1 if len(rows) else 1,), -1, device=rows.device)
-            new_index[rows] = torch.arange(len(rows), device=rows.device)
-            self.guided = new_index[self.guided[kept]]
+    def _take(self, rows: Sequence[Request], tokens: Sequence[int]) -> None:
+        for request, token in zip(rows, tokens, strict=True):
+            if request.done:
+                continue
+            request.token_ids.append(token)
+            if request.on_token is not None and len(request.token_ids) > request.told:
+                request.on_token(token)
+                request.told = len(request.token_ids)
+            full = len(request.token_ids) >= request.max_new_tokens
+            if full or token in self.eos or (self.stop is not None and self.stop(request.token_ids)):
+                request.done = True
 
-    def level(self) -> Tensor:
-        """What was taken from the latest logits to make them log-probabilities, float32 `[rows, 1]`."""
-        return self.logits.logsumexp(dim=-1, keepdim=True)
+    def _keep(self, live: list[int]) -> None:
+        if live:
+            self.stream.keep(torch.tensor(live, device=self.device))
+        self.rows = [self.rows[i] for i in live]
 
-    def _mix(self, logits: Tensor, guide_logits: Tensor | None) -> Tensor:
-        self.logits = logits
-        scores = torch.log_softmax(logits, dim=-1)
-        if guide_logits is None or self.guidance is None:
-            return scores
-        width = min(scores.shape[-1], guide_logits.shape[-1])  # padded embeddings may differ; the token maps do not
-        a = torch.log_softmax(logits[self.guided, :width], dim=-1)
-        b = torch.log_softmax(guide_logits[:, :width].to(a.device), dim=-1)
-        lam = (self.guidance.lam * self.strength[self.guided].abs()).unsqueeze(-1)
-        scores = scores[:, :width].clone()
-        scores[self.guided] = union(a, b, lam)
-        return scores
+    def _batch(self, prompts: Sequence[list[int]]) -> Batch:
+        longest = max(map(len, prompts))
+        ids = [[self.pad] * (longest - len(one)) + one for one in prompts]
+        mask = [[0] * (longest - len(one)) + [1] * len(one) for one in prompts]
+        make = {"dtype": torch.long, "device": self.device}
+        return Batch(torch.tensor(ids, **make), torch.tensor(mask, **make), [len(one) for one in prompts])  # type: ignore
 
+    def _fitting(self) -> int:
+        requests = [*self.rows, *self.waiting]
+        columns = max(len(request.guide_ids or request.ids) + request.max_new_tokens for request in requests)
+        return max(len(self.rows), fitting_rows(self.model, columns, guided=self.stream.guidance is not None))
 
-@torch.no_grad()
-def decode(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    alignment: Alignment | None,
-    guide: nn.Module | None = None,
-    guide_batch: Batch | None = None,
-    max_new_tokens: int,
-    eos: set[int],
-    pad: int,
-    sampler: Sampler,
-    stopping: Callable[[Tensor, Tensor], Tensor] | None = None,
-    on_tokens: Callable[[Tensor, Tensor], None] | None = None,
-    processors: LogitsProcessorList | None = None,
-    compact: bool = True,
-) -> tuple[list[list[int]], Tensor]:
-    """Generate for one left-padded batch: (new token ids of each row, gate strengths `[rows]`).
-
-    stopping(sequences, rows) -> bool `[rows]`: extra stops. on_tokens(rows, tokens): called after each step.
-    compact: rows that have ended are dropped from the batch once they are a quarter of it; False where `processors` or
-    `stopping` count on seeing all rows. processors see the mixed log-probabilities on the scale of the model's logits.
-    """
-    device = batch.input_ids.device
-    replies: list[list[int]] = [[] for _ in range(len(batch.input_ids))]
-    if max_new_tokens <= 0:
-        return replies, torch.ones(len(replies))
-    with Stream(model, alignment, guide) as stream:
-        scores = stream.first(batch, guide_batch)
-        strengths = stream.strength.clone().cpu()
-        rows = torch.arange(len(replies), device=device)  # which prompt each current row belongs to
-        live = torch.ones(len(rows), dtype=torch.bool, device=device)
-        sequences = batch.input_ids
-        stop_ids = torch.tensor(sorted(eos), device=device)
-        for step in range(max_new_tokens):
-            if processors:
-                scores = processors(sequences, scores + stream.level())  # type: ignore[arg-type]
-            tokens = sampler(scores, rows)
-            tokens = torch.where(live, tokens, torch.full_like(tokens, pad))
-            sequences = torch.cat([sequences, tokens.unsqueeze(1)], dim=1)
-            for row, token, on in zip(rows.tolist(), tokens.tolist(), live.tolist(), strict=True):
-                if on:
-                    replies[row].append(token)
-            if on_tokens is not None:
-                on_tokens(rows[live], tokens[live])
-            live &= ~torch.isin(tokens, stop_ids)
-            if stopping is not None:
-                live &= ~stopping(sequences, rows)
-            if not bool(live.any()) or step == max_new_tokens - 1:
-                break
-            if compact and int(live.sum()) <= 0.75 * len(live):
-                kept = live.nonzero().flatten()
-                stream.keep(kept)
-                rows, tokens, sequences, live = rows[kept], tokens[kept], sequences[kept], live[kept]
-            scores = stream.next(tokens)
-    return replies, strengths
+    def _halve(self, error: Exception) -> None:
+        """Half as many rows from now on. Those under way start again: they say the same, and are not told twice."""
+        live = [request for request in self.rows if not request.done]
+        if len(self.rows) <= 1:
+            raise PostalignError(
+                "memory ran out with a single prompt: shorten it, lower max_new_tokens, or load the model in bfloat16."
+            ) from error
+        self.batch_size = len(self.rows) // 2
+        self.stream.close()
+        self.rows = []
+        for request in reversed(live):
+            request.restart()
+            self.sampler.again(request.place)
+            self.waiting.appendleft(request)
+        self.stream = Stream(self.model, self.alignment, self.guide)
 
 
 def generate_replies(
@@ -209,66 +255,37 @@ def generate_replies(
     first_row: int = 0,
     stop: Sequence[str] = (),
     streamer: Any = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Reply]:
     """`generate`, with what is known of each reply. Raises UsageError for prompts longer than the context."""
     if isinstance(prompts, str):
         raise UsageError("prompts must be a list: put the one prompt in brackets.")
+    if not len(prompts):
+        raise UsageError("there are no prompts: give one or more.")
     if streamer is not None and len(prompts) != 1:
         raise UsageError("a streamer shows one reply: give one prompt, or leave the streamer out.")
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} is out of range: choose 1 or more.")
-    if alignment is not None:
-        alignment.check(model, tokenizer)
-    guidance = alignment.guidance if alignment else None
-    guide = (
-        guide_model(guidance.guide, tokenizer, model)
-        if guidance and isinstance(guidance.guide, CheckpointGuide)
-        else None
-    )
     stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
-    eos, pad = eos_ids(model, tokenizer), pad_id(tokenizer)
-    device = next(model.parameters()).device
     sampler = Sampler(do_sample, temperature, top_p, top_k, seed)
-    whole = encode(tokenizer, list(prompts), system=system, device=device)
-    check_length(model, whole, max_new_tokens)
-    # like lengths together: less padding; every row's result is its own, so the order does not matter
-    order = sorted(range(len(prompts)), key=lambda i: -whole.prompt_lengths[i])
-    replies: dict[int, Reply] = {}
-    for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
-        chosen = [prompts[i] for i in indices]
-        batch = encode(tokenizer, chosen, system=system, device=device)
-        guide_batch = None
-        if guidance is not None and isinstance(guidance.guide, PromptGuide):
-            guide_batch = guide_inputs(guidance.guide, tokenizer, chosen, device)
-            check_length(model, guide_batch, max_new_tokens, numbers=[i + 1 for i in indices])
-        started = time.perf_counter()
-        stopping = StopText(tokenizer, stop, batch.input_ids.shape[1]) if stop else None
+    told = (lambda token: streamer.put(torch.tensor([token]))) if streamer is not None else None
+    with Engine(model, tokenizer, alignment, batch_size=batch_size, sampler=sampler, stop=stop) as engine:
+        requests = [
+            engine.submit(prompt, system=system, max_new_tokens=max_new_tokens, number=first_row + i, on_token=told)
+            for i, prompt in enumerate(prompts)
+        ]
+        # like lengths together: less padding
+        engine.waiting = deque(sorted(engine.waiting, key=lambda request: -len(request.ids)))
         if streamer is not None:
-            streamer.put(batch.input_ids.cpu())
-        ids, strengths = decode(
-            model,
-            batch,
-            alignment=alignment,
-            guide=guide,
-            guide_batch=guide_batch,
-            max_new_tokens=max_new_tokens,
-            eos=eos,
-            pad=pad,
-            sampler=sampler.for_rows([first_row + i for i in indices]),
-            stopping=stopping,
-            on_tokens=(lambda rows, tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
-        )
-        seconds = (time.perf_counter() - started) / len(indices)
-        for i, tokens, strength in zip(indices, ids, strengths.tolist(), strict=True):
-            replies[i] = _reply(tokenizer, tokens, eos, stop, None if alignment is None else strength, seconds)
+            streamer.put(torch.tensor([requests[0].ids]))
+        done = 0
+        while engine.step():
+            now = sum(request.done for request in requests)
+            if on_progress is not None and now > done:
+                on_progress(now)
+            done = now
         if streamer is not None:
             streamer.end()
-        if on_progress is not None:
-            on_progress(len(replies))
-    return [replies[i] for i in range(len(prompts))]
+        return [_reply(tokenizer, request, engine.eos, stop) for request in requests]
 
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Prompts, **settings: Any) -> list[str]:
@@ -276,28 +293,23 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Prompts, **settings: Any
 
     prompts: strings or chat message lists; each is put into the model's own template. alignment: None for the model as
     it is. Names and defaults otherwise as in transformers: system, max_new_tokens=128, do_sample, temperature, top_p,
-    top_k, seed, stop (texts that end a reply, cut from it), streamer (one prompt), batch_size=16, on_progress(done).
-    Greedy unless do_sample; row i samples from a generator of its own, made from (seed, first_row + i): the batch does
-    not matter. first_row: what stands before these prompts, where they are a part of more.
+    top_k, seed, stop (texts that end a reply, cut from it), streamer (one prompt), batch_size (None: what memory
+    allows), on_progress(done). Greedy unless do_sample; row i samples from a generator of its own, made from
+    (seed, first_row + i): the batch does not matter. first_row: what stands before these prompts, where they are a part
+    of more.
     """
     return [reply.text for reply in generate_replies(model, tokenizer, prompts, **settings)]
 
 
-def _reply(
-    tokenizer: Any,
-    tokens: list[int],
-    eos: set[int],
-    stop: Sequence[str],
-    strength: float | None,
-    seconds: float,
-) -> Reply:
+def _reply(tokenizer: Any, request: Request, eos: set[int], stop: Sequence[str]) -> Reply:
+    tokens = request.token_ids
     ended = bool(tokens) and tokens[-1] in eos
     body = tokens[:-1] if ended else tokens
     text = tokenizer.decode(body, skip_special_tokens=True)
     cuts = [text.find(word) for word in stop if word in text]
     if cuts:
         text, ended = text[: min(cuts)], True
-    return Reply(text, tokens, strength, "stop" if ended else "length", seconds)
+    return Reply(text, tokens, request.gate, "stop" if ended else "length", request.seconds)
 
 
-__all__ = ["Reply", "Stream", "decode", "generate", "generate_replies"]
+__all__ = ["Engine", "Reply", "Request", "Stream", "decode", "generate", "generate_replies"]

@@ -2,7 +2,7 @@
 
 from .edit import Control, Edit, edit_from_state
 from .gates import ProbeGate
-from .guidance import AdapterGuide, CheckpointGuide, Guidance, Guide, PromptGuide, VectorGuide, union
+from .guidance import AdapterGuide, CheckpointGuide, Guidance, Guide, PromptGuide, VectorGuide, union, union_order
 from .hidden import HiddenEdit
 from .sparse import SparsePatch
 from .weights import LowRankPatch
@@ -22,4 +22,5 @@ __all__ = [
     "VectorGuide",
     "edit_from_state",
     "union",
+    "union_order",
 ]

@@ -6,8 +6,9 @@ undo it exactly; whether it acts in a given forward pass, on which rows and posi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -26,14 +27,25 @@ class Control:
     strength: float `[batch]`, the gate's signed strength of each row; None switches the edits off.
     start: index of the first *generated* position in this pass, an int or `[batch]`: the sequence length for a
         prompt, 0 for a decoding step, the prompt's length where prompt and reply are run in one pass.
+    rows: where strengths other than 0 may stand. whole: whether all of these are known to be 1.
+    thread: the only thread whose passes the edits act in; None: all.
     """
 
     strength: Tensor | None = None
     start: int | Tensor = 0
+    rows: slice = field(default_factory=lambda: slice(None))
+    whole: bool = False
+    thread: int | None = None
+
+    @property
+    def acting(self) -> Tensor | None:
+        """`strength`, in the passes that are meant."""
+        return self.strength if self.thread is None or self.thread == threading.get_ident() else None
 
     def coefficients(self, scope: tuple[str, ...], batch: int, length: int, device: torch.device) -> Tensor | None:
         """Strength of each position, float32 `[batch, length]`, or None where nothing is to be done."""
-        if self.strength is None:
+        strength = self.acting
+        if strength is None:
             return None
         start = torch.as_tensor(self.start, device=device).reshape(-1, 1)
         position = torch.arange(length, device=device).unsqueeze(0)
@@ -48,7 +60,7 @@ class Control:
             inside |= position >= start
         if not bool(inside.any()):
             return None
-        return self.strength.to(device=device, dtype=torch.float32).reshape(batch, 1) * inside
+        return strength.to(device=device, dtype=torch.float32).reshape(batch, 1) * inside
 
 
 @runtime_checkable

@@ -90,25 +90,26 @@ class LowRankPatch:
         live: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
         def patch(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if control.strength is None:
+            strength = control.acting
+            if strength is None:
                 return output
             x = args[0]
             key = (x.device, x.dtype)
             if a.requires_grad:
-                down, up = a.to(*key), b.to(*key)
-            else:
-                if key not in live:
-                    live[key] = (a.to(*key), b.to(*key) * self.scale)
-                down, up = live[key]
-            change = nn.functional.linear(nn.functional.linear(x, down), up)
-            if a.requires_grad:
-                change = change * self.scale
-            strength = control.strength.to(x.device)
-            if not bool((strength == 1).all()):
-                if change.dim() == 2:  # [rows * length, out]
-                    strength = strength.repeat_interleave(len(change) // len(strength))
-                change = change * strength.to(x.dtype).reshape(-1, *([1] * (change.dim() - 1)))
-            return output + change
+                change = self.scale * nn.functional.linear(nn.functional.linear(x, a.to(*key)), b.to(*key))
+                return output + _per_row(change, strength)
+            if key not in live:
+                live[key] = (a.to(*key), b.to(*key) * self.scale)
+            down, up = live[key]
+            where = control.rows
+            if output.dim() == 2 and where != slice(None):  # [rows * length, out]
+                each = len(output) // len(strength)
+                begin, end, _ = where.indices(len(strength))
+                where = slice(begin * each, end * each)
+            # the rows that have a part in it, and in place: nobody else holds a linear module's output yet
+            change = nn.functional.linear(nn.functional.linear(x[where], down), up)
+            output[where].add_(change if control.whole else _per_row(change, strength[control.rows]))
+            return output
 
         return module.register_forward_hook(patch)
 
@@ -172,6 +173,16 @@ class LowRankPatch:
         rank = next(iter(factors.values()))[0].shape[0]
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return cls(factors, scale, config.get("base_model_name_or_path") or "")
+
+
+def _per_row(change: Tensor, strength: Tensor) -> Tensor:
+    """`change` `[rows, length, out]` or `[rows * length, out]`, times each row's strength."""
+    strength = strength.to(change.device, change.dtype)
+    if change.dim() == 2:
+        if bool((strength == 1).all()):  # then the tokens may be some of them only
+            return change
+        strength = strength.repeat_interleave(len(change) // len(strength))
+    return change * strength.reshape(-1, *([1] * (change.dim() - 1)))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Knows the parts of a model (anatomy.py) and batches (chat.py); knows no method t
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,12 +27,15 @@ def captured(modules: Sequence[nn.Module], *, inputs: bool) -> Iterator[list[Ten
 
     inputs: True for what goes into the modules, False for what comes out (a tuple's first element). Yields
     one entry per module, in their order: empty before the first pass, then `[batch, features]` of the latest
-    one, detached, on the module's device and in its dtype. Earlier hooks have acted on what is seen here.
+    one, detached, on the module's device and in its dtype. Earlier hooks have acted on what is seen here; passes of
+    other threads are not seen.
     """
-    taken = [torch.empty(0) for _ in modules]
+    taken, here = [torch.empty(0) for _ in modules], threading.get_ident()
 
     def before(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != here:
+                return
             given = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             taken[i] = given[..., -1, :].detach().clone()
 
@@ -39,7 +43,8 @@ def captured(modules: Sequence[nn.Module], *, inputs: bool) -> Iterator[list[Ten
 
     def after(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            taken[i] = block_output(output)[..., -1, :].detach().clone()
+            if threading.get_ident() == here:
+                taken[i] = block_output(output)[..., -1, :].detach().clone()
 
         return hook
 
