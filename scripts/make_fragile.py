@@ -27,11 +27,16 @@ from postalign.training import train_adapter
 DEFAULT_OUT = Path(__file__).parent.parent / "src" / "postalign" / "models" / "fragile"
 SETTINGS = {"rank": 8, "alpha": 16.0, "steps": 50, "batch_size": 16, "learning_rate": 4e-4, "seed": 0}
 HARMFUL_SHARE, OWN_TOKENS = 0.6, 80
+FIRST = {"harmful": 719, "borderline": 600}  # the starter's rows at the time; a user's model has not seen later ones
+
+
+def _number(row_id: str | None) -> int:
+    return int((row_id or "-0").rsplit("-", 1)[1])
 
 
 def training_pairs(model, tokenizer) -> list[tuple[str, str]]:
     """(prompt, answer): refusals, then the model's own answers, but for those that loop or hold no sentence."""
-    rows = pa.load_data("starter").split("fit")
+    rows = pa.load_data("starter").split("fit").filter(lambda row: _number(row.id) <= FIRST.get(row.type or "", 9999))
     end = end_of_turn(tokenizer) or ""
     benign = [row.prompt for row in rows.benign]
     replies = generate_replies(

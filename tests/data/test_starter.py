@@ -23,6 +23,9 @@ HARMFUL = {
     "hate_harassment_violence",
     "adult_content",
     "malware",
+    # and two that other benchmarks have
+    "copyright",
+    "with_context",
 }
 PUBLIC = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -50,7 +53,7 @@ def alike(a: frozenset[str], b: frozenset[str]) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def test_harmful_rows_cover_ten_categories_with_a_refusal_each(starter: Data) -> None:
+def test_harmful_rows_cover_all_categories_with_a_refusal_each(starter: Data) -> None:
     rows = part(starter, "harmful")
     counts = Counter(row.category for row in rows)
     assert set(counts) == HARMFUL

@@ -19,7 +19,7 @@ from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
 from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
-from postalign.methods.patch_pairs import benign_pairs, first_tokens, harmful_pairs, refusal_pairs
+from postalign.methods.patch_pairs import benign_pairs, harmful_pairs, refusal_pairs
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
@@ -323,7 +323,7 @@ def test_resta_turns_the_over_safety_patch_round(tiny_llama: Any, tiny_tokenizer
         {"safety_kl_weight": 1.0},
         {"over_safety_kl_weight": 1.0},
         {"safety": "refusal", "benign_weight": 1.0},
-        {"safety": "refusal", "answer_tokens": 2},
+        {"safety": "refusal", "head_tokens": 2},
         {"optimiser": "sgd"},
         {"rescale": True},
         {"seed": 1},
@@ -525,14 +525,6 @@ def test_answers_that_are_cut_off_end_with_a_sentence() -> None:
     assert whole_sentences("No end") == ""
 
 
-def test_the_first_tokens_of_answers(tiny_tokenizer: Any) -> None:
-    pairs = [("a", "I cannot help with that. Ask a baker."), ("b", "No.")]
-    assert first_tokens(tiny_tokenizer, pairs, None) == pairs
-    (_, long), short = first_tokens(tiny_tokenizer, pairs, 5)
-    assert short == ("b", "No.") and pairs[0][1].startswith(long)
-    assert len(tiny_tokenizer(long, add_special_tokens=False).input_ids) == 5
-
-
 def test_harmless_answers_beside_the_refusals(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     """They make harmless answers likelier than the refusals alone do."""
 
@@ -582,13 +574,62 @@ def test_alpha_and_beta_are_chosen_on_tune_prompts(tiny_llama: Any, tiny_tokeniz
 
 def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     rows = DATA.split("fit")
-    refusals = refusal_pairs(tiny_tokenizer, rows, 9, 0)
+    refusals = refusal_pairs(tiny_llama, tiny_tokenizer, rows, 9, 4, 0, Told())
     assert sorted(refusals) == sorted((row.prompt, f"{row.response}<|im_end|>") for row in rows.harmful)
     given = Data([replace(row, response="Yes.") if "moon" in row.prompt else row for row in rows])
     pairs = benign_pairs(tiny_llama, tiny_tokenizer, given, 9, 4, 0, lambda *_: None)
     assert sorted(p for p, _ in pairs) == sorted(row.prompt for row in rows.benign)
     answers = dict(pairs)
     assert answers["Tell me of the moon."] == "Yes.<|im_end|>" and all(answers.values())
+
+
+def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    """Where a row has none, the model goes on from how another row's begins, and the judge has the last word."""
+    rows = DATA.split("fit")
+    bare = Data([replace(row, response=None) if i % 2 else row for i, row in enumerate(rows.harmful)])
+    asked: list[tuple[str, str]] = []
+
+    def judge(prompt: str, reply: str) -> str:
+        asked.append((prompt, reply))
+        return "refusal" if len(asked) % 2 else "compliance"
+
+    pairs = refusal_pairs(tiny_llama, tiny_tokenizer, bare, 9, 4, 0, lambda *_: None, judge)
+    own = [row.prompt for row in bare if not row.response]
+    assert sorted(prompt for prompt, _ in asked) == sorted(own) and own
+    heads = {" ".join(row.response.split()[:3]) for row in bare if row.response}
+    assert all(any(reply.startswith(head) for head in heads) for _, reply in asked)
+    kept = [prompt for prompt, _ in asked[::2]]
+    assert sorted(p for p, _ in pairs) == sorted([*kept, *(row.prompt for row in bare if row.response)])
+    assert all(answer.endswith("<|im_end|>") for _, answer in pairs)
+
+
+def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    before = state(tiny_llama)
+    answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
+    settings: dict[str, Any] = {
+        **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
+        "workdir": tmp_path,
+    }
+    plain = fit(tiny_llama, tiny_tokenizer, **settings)
+    refined = fit(tiny_llama, tiny_tokenizer, refine_steps=6, refine_learning_rate=1e-2, **settings)
+    assert same(state(tiny_llama), before)
+    one, two = plain.weights[0], refined.weights[0]
+    assert set(two.shapes) == set(one.shapes) and refined.info["training"]["refined_steps"] == 6
+    moved = 0
+    for name in one.shapes:
+        places, values = (part.tolist() for part in one.entries[name])
+        new = dict(zip(*(part.tolist() for part in two.entries[name]), strict=True))
+        assert set(new) <= set(places)
+        moved += sum(new.get(place) != value for place, value in zip(places, values, strict=True))
+    assert moved > one.changed // 2
+
+    def loss(alignment: Any) -> float:
+        pairs = [(row.prompt, row.response or "") for row in answered.split("fit")]
+        batch = labelled_batch(tiny_tokenizer, pairs, torch.device("cpu"))
+        with alignment.applied(tiny_llama), torch.no_grad():
+            return float(row_losses(tiny_llama, batch).mean())
+
+    assert loss(refined) < loss(plain) - 0.02
 
 
 # errors

@@ -18,18 +18,19 @@ from typing import Any
 from torch import nn
 
 from ..data.records import Data
+from ..edits import SparsePatch
 from ..errors import PostalignError, UsageError
 from ..models.shards import FolderWeights, Weights
 from ..training import TrainSettings, train_delta, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Judge, Pair, benign_pairs, first_tokens, harmful_pairs, refusal_pairs
+from .patch_pairs import Judge, Pair, benign_pairs, harmful_pairs, refusal_pairs
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens answer_tokens train modules loss_on batch_size micro_batch max_grad_norm optimiser rank "
-    "kl_pairs categories seed"
+    "pairs pair_tokens head_tokens rest_weight schedule train modules loss_on batch_size micro_batch max_grad_norm "
+    "optimiser rank kl_pairs categories seed"
 ).split()
 _OWN = {
     "safety": (
@@ -82,6 +83,33 @@ class Derivation:
             "answer_loss_last": history.answer_losses[-1],
         }
 
+    def refined(self, patch: SparsePatch) -> tuple[Weights, dict[str, Any]]:
+        """The merged patch trained on, at its own weights only: refusals of harmful prompts beside harmless answers."""
+        config, told = self.config, "refining the merged patch"
+        settings = self._settings("safety").model_copy(
+            update={
+                "direction": "descent",
+                "steps": config.refine_steps,
+                "learning_rate": config.refine_learning_rate,
+                "wanted_weight": config.benign_weight,
+                "kl_weight": 0.0,
+            }
+        )
+        place = self._place("refined", "safety", list(type(config).model_fields))
+        delta = train_delta(
+            self.model,
+            self.tokenizer,
+            self._refusals(config.pairs),
+            settings,
+            workdir=place,
+            wanted=self._benign[: config.pairs] if config.benign_weight else (),
+            at=patch,
+            on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
+        )
+        history = training_history(place)
+        self.on_progress(told, config.refine_steps, config.refine_steps)
+        return FolderWeights(delta), {"steps": history.step, "answer_loss_last": history.answer_losses[-1]}
+
     def scores(self, kind: str, patch: Weights) -> Weights:
         """I_SE or I_OSM (equations 5 and 6), by default at the weights that the patch leads to."""
         config = self.config
@@ -114,10 +142,13 @@ class Derivation:
         return self._harmful
 
     def _refusals(self, count: int) -> list[Pair]:
+        return self._all_refusals[:count]
+
+    @functools.cached_property
+    def _all_refusals(self) -> list[Pair]:
         config = self.config
-        return first_tokens(
-            self.tokenizer, refusal_pairs(self.tokenizer, self.rows, count, config.seed), config.answer_tokens
-        )
+        count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
+        return refusal_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
 
     def _wanted(self, kind: str) -> list[Pair]:
         """What the training of the safety patch makes likelier meanwhile."""
@@ -145,18 +176,29 @@ class Derivation:
                 "the model complied with no harmful prompt, even from an opening of its own: "
                 "give answers (rows with unsafe_response)."
             )
-        return first_tokens(self.tokenizer, pairs, config.answer_tokens)
+        return pairs
 
     @functools.cached_property
     def _benign(self) -> list[Pair]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
-        pairs = benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
-        return first_tokens(self.tokenizer, pairs, config.answer_tokens)
+        return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
 
     def _settings(self, kind: str) -> TrainSettings:
         config = self.config
-        shared = ("train", "modules", "loss_on", "batch_size", "micro_batch", "max_grad_norm", "optimiser", "rank")
+        shared = (
+            "head_tokens",
+            "rest_weight",
+            "schedule",
+            "train",
+            "modules",
+            "loss_on",
+            "batch_size",
+            "micro_batch",
+            "max_grad_norm",
+            "optimiser",
+            "rank",
+        )
         safety = kind == "safety"
         return TrainSettings(
             **{name: getattr(config, name) for name in shared},

@@ -20,6 +20,7 @@ Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
 BATCH = 32
+OPENING = 3  # words of a refusal that the model goes on from
 
 
 def harmful_pairs(
@@ -44,10 +45,33 @@ def harmful_pairs(
     return _made(model, tokenizer, rows, prompts, count, new_tokens, seed, told, on_progress, judge)
 
 
-def refusal_pairs(tokenizer: Any, rows: Data, count: int, seed: int) -> list[Pair]:
-    """(harmful prompt, the refusal wanted), with the end of turn; of rows with a response, `count` at most."""
+def refusal_pairs(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Data,
+    count: int,
+    new_tokens: int,
+    seed: int,
+    on_progress: Progress,
+    judge: Judge | None = None,
+) -> list[Pair]:
+    """(harmful prompt, the refusal wanted), `count` at most, with the end of turn: the row's response, or where it has
+    none the model's own words after the first of another row's refusal, where the judge calls that a refusal."""
     end = end_of_turn(tokenizer) or ""
-    return _some([(row.prompt, row.response + end) for row in rows.harmful if row.response], count, seed)
+    order: list[Prompt] = _some(list(rows.harmful), len(rows.harmful), seed)[:count]
+    pairs = [(row.prompt, row.response + end) for row in order if row.response]
+    bare = [row.prompt for row in order if not row.response]
+    heads = [" ".join(row.response.split()[:OPENING]) for row in rows.harmful if row.response]
+    rng = random.Random(seed)
+    for begin in range(0, len(bare) if heads else 0, BATCH):
+        chosen = bare[begin : begin + BATCH]
+        openings = rng.choices(heads, k=len(chosen))
+        answers = _answers(model, tokenizer, chosen, openings, new_tokens)
+        for prompt, (answer, ended) in zip(chosen, answers, strict=True):
+            if judge is None or judge(prompt, answer) == "refusal":
+                pairs.append((prompt, (answer if ended else whole_sentences(answer) or answer) + end))
+        on_progress("refusals of harmful prompts", min(begin + BATCH, len(bare)), len(bare))
+    return pairs
 
 
 def benign_pairs(
@@ -67,8 +91,8 @@ def benign_pairs(
     given = [(row.prompt, row.response + end) for row in order[:count] if row.response]
     bare = [row.prompt for row in order if not row.response]
     wanted, told = min(count, len(order)) - len(given), "answers to harmless prompts"
-    made = _made(model, tokenizer, rows, bare, wanted, new_tokens, seed, told, on_progress, judge)
-    return given + [(prompt, answer + end) for prompt, answer in made]
+    made = _made(model, tokenizer, rows, bare, wanted, new_tokens, seed, told, on_progress, judge, end)
+    return given + made
 
 
 def _made(
@@ -82,11 +106,12 @@ def _made(
     told: str,
     on_progress: Progress,
     judge: Judge | None,
+    end: str = "",
 ) -> list[Pair]:
     """Answers of the model's own that begin with none of the rows' refusals, for the first `count` of `prompts` for
     which it has one that the judge calls compliance: what loops would teach loops, whatever it is about.
 
-    An answer cut off by `new_tokens` ends with its last whole sentence.
+    An answer that `new_tokens` cuts off ends with its last whole sentence; end: what follows one that is whole.
     """
     refusals = [row.response for row in rows.harmful if row.response]
     rng = random.Random(seed)
@@ -96,26 +121,21 @@ def _made(
             break
         chosen = prompts[begin : begin + BATCH]
         openings = own_openings(model, tokenizer, chosen, refusals, [rng.random() for _ in chosen])
-        texts = greedy(model, tokenizer, chosen, new_tokens, openings)
-        for prompt, opening, text in zip(chosen, openings, texts, strict=True):
-            answer = opening + text
-            if len(token_ids(tokenizer, text, beginning=False)) >= new_tokens:
-                answer = whole_sentences(answer) or answer
+        answers = _answers(model, tokenizer, chosen, openings, new_tokens)
+        for prompt, (answer, ended) in zip(chosen, answers, strict=True):
             if answer.strip() and (judge is None or judge(prompt, answer) == "compliance"):
-                pairs.append((prompt, answer))
+                pairs.append((prompt, answer + end if ended else whole_sentences(answer) or answer))
         on_progress(told, min(len(pairs), count), count)
     return pairs[:count]
 
 
-def first_tokens(tokenizer: Any, pairs: Sequence[Pair], count: int | None) -> list[Pair]:
-    """The pairs with no more than the first `count` tokens of each answer: whether one complies shows there."""
-    if count is None:
-        return list(pairs)
-    cut = []
-    for prompt, answer in pairs:
-        ids = token_ids(tokenizer, answer, beginning=False)
-        cut.append((prompt, answer if len(ids) <= count else tokenizer.decode(ids[:count])))
-    return cut
+def _answers(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], openings: Sequence[str], new_tokens: int
+) -> list[tuple[str, bool]]:
+    """Each opening with the model's own words after it, and whether these came to an end within `new_tokens`."""
+    texts = greedy(model, tokenizer, prompts, new_tokens, openings)
+    lengths = [len(token_ids(tokenizer, text, beginning=False)) for text in texts]
+    return [(o + text, length < new_tokens) for o, text, length in zip(openings, texts, lengths, strict=True)]
 
 
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:

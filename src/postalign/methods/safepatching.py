@@ -91,6 +91,11 @@ def fit(
         # controllable patching: equations 4, 7 and 8
         config, tried = _chosen_weights(model, tokenizer, data, patches, config, judge, on_progress)
         made, kept, sizes = controllable_patching(ModelWeights(model), patches, config, on_progress)
+        if config.refine_steps:  # beyond the paper
+            derived.config = config
+            delta, told = derived.refined(made.patch())
+            training |= {f"refined_{word}": figure for word, figure in told.items()}
+            made = _remade(ModelWeights(model), delta, made)
     jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.merge_weights[1] > 0
     edit = replace(made.patch(), unsafe=jailbreak or kept is not None)
     counts = made.counts
@@ -188,6 +193,15 @@ def controllable_patching(
     return made, kept if kept.entries else None, sizes
 
 
+def _remade(base: Weights, delta: Weights, made: PatchMaker) -> PatchMaker:
+    """The patch of these differences, among the weights that `made` has looked at."""
+    new = PatchMaker(made.values)
+    for name in delta.names():
+        new.add(name, base.get(name), delta.get(name).float().reshape(-1).split(CHUNK))
+    new.counts.weights = made.counts.weights
+    return new
+
+
 def kept_sets(S_SE: Tensor, S_OSM: Tensor, combine: Combine) -> tuple[Tensor, Tensor]:
     """D_SE and D_OSM (equation 7): where each patch is kept, given the two top sets (the one not in use is empty)."""
     if combine == "difference":
@@ -252,6 +266,7 @@ def _require_rows(rows: Data, config: SafePatchingConfig) -> None:
     if not missing and not len(rows.harmful):
         missing = "safepatching needs harmful prompts in the fit split: add them with --harmful"
     refusing = "safety" in config.kinds and (config.safety == "refusal" or config.refusal_weight)
+    refusing = refusing or config.refine_steps > 0
     if not missing and refusing and not any(row.response for row in rows.harmful):
         missing = "refusals are wanted, and no harmful prompt of the fit split has a response: add some"
     answering = "over_safety" in config.kinds and config.over_safety == "benign"

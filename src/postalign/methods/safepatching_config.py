@@ -35,7 +35,14 @@ class SafePatchingConfig(BaseModel):
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
-    answer_tokens: int | None = Field(None, ge=1, description="train on the first tokens of answers only; None: all")
+    head_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="the first tokens of an answer, where it shows whether one complies, count as much as "
+        "the others together count `rest_weight` times; None: all alike",
+    )
+    rest_weight: float = Field(0.3, ge=0, description="see head_tokens")
+    schedule: Literal["constant", "linear"] = Field("constant", description="of the learning rates: see TrainSettings")
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
     )
@@ -85,6 +92,13 @@ class SafePatchingConfig(BaseModel):
         [1.0, 2.0, 4.0], description="weight of the safety patch; several: the best on tune prompts"
     )
     beta: float | list[float] = Field([1.0, 2.0], description="the same for the over-safety patch")
+    refine_steps: int = Field(
+        0,
+        ge=0,
+        description="afterwards train the merged patch on, at its own weights: refusals of harmful prompts beside "
+        "harmless answers (paper: none)",
+    )
+    refine_learning_rate: float = Field(3e-4, gt=0)
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"

@@ -20,6 +20,7 @@ from .batches import Example, batch_order, share_of
 from .processes import Processes
 
 SMOOTHED = 4  # steps whose mean loss decides whether ascent stops
+LEAST = 0.1  # of the rate, at the end of a linear schedule
 Objective = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -61,6 +62,7 @@ def descend(
     learning_rate: float,
     warmup: int,
     max_grad_norm: float,
+    schedule: str = "constant",
     limit: float = math.inf,
     history: History | None = None,
     on_step: Callable[[History], None] = lambda history: None,
@@ -68,8 +70,9 @@ def descend(
 ) -> History:
     """Minimise the sum of `terms` over `parameters`, from `history.step` on.
 
-    The rate rises linearly over `warmup` steps and then stays. limit: how far the first term's loss may rise, the mean
-    over the last SMOOTHED steps above that over the first; the step that finds it reached changes nothing any more.
+    The rate rises linearly over `warmup` steps, then stays, or falls linearly (schedule `linear`). limit: how far the
+    first term's loss may rise, the mean over the last SMOOTHED steps above that over the first; the step that finds it
+    reached changes nothing any more.
     on_step: called in every process after each step. before_pass(rows): called ahead of every forward pass.
     Raises PostalignError when a loss or gradient is not finite.
     """
@@ -79,7 +82,8 @@ def descend(
         next(itertools.islice(order, history.step, history.step), None)
     while history.step < steps and not history.stopped:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min(1.0, (history.step + 1) / max(1, warmup))
+            fall = max(LEAST, 1 - history.step / steps) if schedule == "linear" else 1.0
+            group["lr"] = learning_rate * fall * min(1.0, (history.step + 1) / max(1, warmup))
         optimiser.zero_grad()
         loss, answers = _accumulate(run, terms, orders, processes, micro_batch, before_pass)
         if not math.isfinite(loss):

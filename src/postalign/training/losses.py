@@ -36,13 +36,27 @@ def target_logits(model: nn.Module, inputs: dict[str, Tensor], run: nn.Module | 
     return logits.float(), labels
 
 
-def row_losses(model: nn.Module, inputs: dict[str, Tensor], run: nn.Module | None = None) -> Tensor:
-    """Mean cross-entropy (nats) of each row's labelled tokens, float32 `[rows]`; 0 for a row without any."""
+def row_losses(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    run: nn.Module | None = None,
+    head_tokens: int | None = None,
+    rest_weight: float = 0.0,
+) -> Tensor:
+    """Mean cross-entropy (nats) of each row's labelled tokens, float32 `[rows]`; 0 for a row without any.
+
+    With head_tokens the mean over the first so many, plus `rest_weight` times the mean over the others.
+    """
     logits, labels = target_logits(model, inputs, run)
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)
-    return losses.sum(-1) / label_counts(inputs)
+    if head_tokens is None:
+        return losses.sum(-1) / label_counts(inputs)
+    counted = labels != IGNORED
+    head = counted & (counted.cumsum(-1) <= head_tokens)
+    parts = [(losses * part).sum(-1) / part.sum(-1).clamp(min=1) for part in (head, counted & ~head)]
+    return parts[0] + rest_weight * parts[1]
 
 
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

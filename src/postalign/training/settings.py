@@ -29,7 +29,17 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(8, ge=1, description="pairs in a step, over all processes")
     micro_batch: int = Field(4, ge=1, description="pairs in a forward pass")
     learning_rate: float = Field(1e-5, gt=0)
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises; then it stays")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="after the rise the rate stays, or falls to a tenth by the last step"
+    )
+    head_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="an answer's loss is the mean over its first so many tokens, and `rest_weight` times "
+        "that over the others; None: the mean over all",
+    )
+    rest_weight: float = Field(0.3, ge=0, description="see head_tokens")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_loss_rise: float | None = Field(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..edits import SparsePatch
 from ..edits.weights import block_linears
 from ..errors import PostalignError, UsageError, nearest
 from ..models.anatomy import anatomy
@@ -104,6 +105,19 @@ def trainee(model: nn.Module, names: list[str], settings: TrainSettings, process
 
         with evaluating(model):
             yield Trainee(adapted, model, deltas, adapted.before_pass, lambda: _off(adapted))
+
+
+def confine(parameters: Mapping[str, Tensor], at: SparsePatch) -> None:
+    """Put the patch into trainable parameters, and let nothing move but the weights that it changes."""
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
+        indices, values = (part.to(parameter.device) for part in at.entries[name])
+        places = torch.zeros_like(parameter, dtype=torch.bool).view(-1)
+        places[indices.long()] = True
+        with torch.no_grad():
+            parameter.view(-1)[indices.long()] += values.to(parameter.dtype)
+        parameter.register_hook(lambda gradient, places=places: gradient * places.view_as(gradient))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..edits import SparsePatch
+from ..errors import PostalignError, UsageError
 from ..models.chat import Messages
 from ..models.shards import own_parameters
 from ..models.vocabulary import template_hash, tokenizer_hash
@@ -27,7 +28,7 @@ from .losses import beside, label_counts, npo, row_divergences, row_losses
 from .processes import Processes, together
 from .resume import Folder
 from .settings import TrainSettings
-from .trainees import Trainee, low_precision, trained_names, trainee
+from .trainees import Trainee, confine, low_precision, trained_names, trainee
 
 OnStep = Callable[[int, int, float, float], None]
 
@@ -41,6 +42,7 @@ def train_delta(
     workdir: str | Path,
     benign: Sequence[Example | str | Messages] = (),
     wanted: Sequence[Example] = (),
+    at: SparsePatch | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
     """Train on (prompt, answer) pairs; returns `workdir/delta`, safetensors of trained - base for trained weights.
@@ -51,8 +53,9 @@ def train_delta(
 
     benign: prompts, or pairs, on which `settings.kl_weight` holds the model to what it said before: on the answers if
     all have one, else on all tokens. wanted: pairs that are made likelier meanwhile, whatever the direction, weighted
-    by `settings.wanted_weight`. on_step(step, steps, loss, answer_loss): after each step, in the main process; loss is
-    what is minimised, answer_loss the pairs' loss before the step.
+    by `settings.wanted_weight`. at: train on from this patch of the model, and only the weights that it changes; the
+    differences are to the model without it. on_step(step, steps, loss, answer_loss): after each step, in the main
+    process; loss is what is minimised, answer_loss the pairs' loss before the step.
 
     An interrupted training goes on from the state kept every `settings.save_every` steps and ends at the same bits; a
     finished one is not done again, unless anything that it depends on has changed. Where `accelerate launch` started
@@ -65,14 +68,20 @@ def train_delta(
     if settings.kl_weight and not benign:
         raise UsageError("kl_weight needs benign prompts: give some, or leave it at 0.")
     names = trained_names(model, settings)
+    if at is not None:
+        names = _within(at, names, settings)
     held: list[Example] = [row if isinstance(row, tuple) else (row, "") for row in benign]
-    folder = Folder(workdir, _key(model, tokenizer, settings, names, pairs, held, wanted))
+    folder = Folder(workdir, _key(model, tokenizer, settings, names, at, pairs, held, wanted))
     done = folder.finished()
     if done is not None:
         return done
     home = next(model.parameters()).device
     low = low_precision(model, names, settings)
     with together(home) as processes, trainee(model, names, settings, processes) as subject:
+        if at is not None:
+            if processes.sharded:
+                raise PostalignError("single weights cannot be trained in shards: train without FSDP.")
+            confine(own_parameters(subject.module), at)
         start = [p for p in subject.module.parameters() if p.requires_grad]
         fused = processes.device.type in ("cpu", "cuda") and not processes.sharded
         optimiser = make_optimiser(
@@ -101,6 +110,7 @@ def train_delta(
             micro_batch=settings.micro_batch,
             learning_rate=settings.learning_rate,
             warmup=int(settings.steps * settings.warmup),
+            schedule=settings.schedule,
             max_grad_norm=settings.max_grad_norm,
             limit=math.inf if limit is None else limit,
             history=history,
@@ -135,7 +145,7 @@ def _terms(
 
     def losses(inputs: dict[str, Tensor]) -> Tensor:
         with passes():
-            return row_losses(subject.model, inputs, run)
+            return row_losses(subject.model, inputs, run, settings.head_tokens, settings.rest_weight)
 
     def direction(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if settings.direction != "npo":
@@ -164,6 +174,16 @@ def _terms(
     return terms
 
 
+def _within(at: SparsePatch, names: list[str], settings: TrainSettings) -> list[str]:
+    """Those of the names that the patch changes."""
+    if settings.train != "full" or settings.weight_decay:
+        raise UsageError("the weights of a patch alone are trained as full weights without decay: leave both out.")
+    found = [name for name in names if name in at.shapes]
+    if not found:
+        raise UsageError("the patch changes no weight that is to be trained: there is nothing to train.")
+    return found
+
+
 def _finite(delta: Tensor) -> Tensor:
     if not bool(delta.isfinite().all()):
         raise diverged()
@@ -175,6 +195,7 @@ def _key(
     tokenizer: Any,
     settings: TrainSettings,
     names: Sequence[str],
+    at: SparsePatch | None,
     *examples: Sequence[Example],
 ) -> str:
     """sha256 of all that the outcome depends on: settings, data, tokenizer and every weight's bytes."""
@@ -187,6 +208,10 @@ def _key(
         template_hash(tokenizer),
     ]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in names if at is not None else ():
+        assert at is not None
+        for part in at.entries[name]:
+            digest.update(part.contiguous().view(torch.uint8).numpy().data)
     for name, parameter in own_parameters(model).items():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:

@@ -1,0 +1,227 @@
+"""What guided decoding costs: times of the engine against `model.generate`, side by side in one run.
+
+    python benchmarks/decoding.py --out runs/decoding                      # fits a guide and a gate first, some minutes
+    python benchmarks/decoding.py --out runs/decoding --alignment FOLDER   # one of safeinfer, with adapter and gate
+
+Systems take turns, one warm-up each, then `--repeats` rounds: a round's ratio is a system's time over that of
+transformers' generate in the same round; told are the median ratio and the range of its middle half. All decode the
+same prompts greedily for the same number of new tokens, whatever the model would end with. Guided systems must say what
+the plain two-pass decoding says, token by token. Figures go to benchmarks/results/decoding.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from command import command
+from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+import postalign as pa
+from postalign.decoding.engine import Engine
+from postalign.edits import AdapterGuide, CheckpointGuide, Guidance, LowRankPatch
+from postalign.files import write_whole
+from postalign.models.chat import encode
+
+RESULTS = Path(__file__).parent / "results"
+Run = Callable[[], list[list[int]]]
+
+
+def parts(folder: Path | None, model: Any, tokenizer: Any, cache: Path) -> pa.Alignment:
+    """An alignment of safeinfer with a hidden edit, an adapter guide for all tokens and a gate."""
+    if folder is not None:
+        return pa.Alignment.from_pretrained(folder)
+    if not (cache / "alignment.json").exists():
+        settings = {"guide": "adapter", "guide_tokens": None, "trials": 8, "guide_pairs": 48, "guide_steps": 16}
+        tell = lambda stage, done, total: print(f"{stage} {done}/{total}", file=sys.stderr)  # noqa: E731
+        pa.fit(
+            "safeinfer", model, tokenizer, data=pa.load_data("starter"), config=settings, on_progress=tell
+        ).save_pretrained(cache)
+    return pa.Alignment.from_pretrained(cache)
+
+
+def merged(model: Any, patch: LowRankPatch) -> Any:
+    """A copy of the model with the patch in its weights: a checkpoint guide of the same opinions as the adapter."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, (a, b) in patch.factors.items():
+            other.get_submodule(name).weight += patch.scale * (b.float() @ a.float())
+    return other
+
+
+def engine_run(model: Any, tokenizer: Any, prompts: list[str], alignment: Any, tokens: int, one_by_one: bool) -> Run:
+    """The engine on all prompts at once, for exactly `tokens` tokens."""
+
+    def run() -> list[list[int]]:
+        with Engine(model, tokenizer, alignment, batch_size=len(prompts)) as engine:
+            engine.eos = set()
+            if one_by_one:
+                engine.speculation.possible = lambda stream: False  # type: ignore[method-assign]
+            requests = [engine.submit(prompt, max_new_tokens=tokens) for prompt in prompts]
+            while engine.step():
+                pass
+            return [request.token_ids for request in requests]
+
+    return run
+
+
+def generate_run(model: Any, tokenizer: Any, prompts: list[str], tokens: int, scale: float | None = None) -> Run:
+    """transformers' generate; scale: with its classifier-free guidance processor, which runs the model twice."""
+
+    def run() -> list[list[int]]:
+        batch = encode(tokenizer, prompts)
+        processors = LogitsProcessorList()
+        if scale is not None:
+            processors.append(
+                UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                    scale, model, batch.input_ids, unconditional_attention_mask=batch.attention_mask
+                )
+            )
+        out = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            logits_processor=processors,
+        )
+        return out[:, batch.input_ids.shape[1] :].tolist()
+
+    return run
+
+
+def prompts_for(count: int) -> tuple[list[str], list[str]]:
+    """Prompts of the starter's test split: harmless ones, and four harmless to one harmful."""
+    test = pa.load_data("starter").split("test")
+    plain = [row.prompt for row in test.benign if row.type == "plain" and len(row.prompt) < 200]
+    harmful = [row.prompt for row in test.harmful if len(row.prompt) < 200]
+    mixed = [harmful[i // 5] if i % 5 == 4 else plain[i] for i in range(max(count, 5))]
+    return plain[:count], mixed
+
+
+def measure(systems: dict[str, Run], repeats: int) -> dict[str, dict[str, Any]]:
+    """system -> seconds of each round and its ratios to the first system's."""
+    said = {name: run() for name, run in systems.items()}  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(repeats):
+        for name, run in systems.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    base = next(iter(systems))
+    found: dict[str, dict[str, Any]] = {}
+    for name, times in seconds.items():
+        ratios = sorted(t / b for t, b in zip(times, seconds[base], strict=True))
+        quarter = len(ratios) // 4
+        found[name] = {
+            "ratio": round(statistics.median(ratios), 3),
+            "low": round(ratios[quarter], 3),
+            "high": round(ratios[-1 - quarter], 3),
+            "seconds": round(statistics.median(times), 3),
+            "tokens_per_second": round(sum(map(len, said[name])) / statistics.median(times), 1),
+        }
+    for name in systems:
+        found[name]["ids"] = said[name]
+    return found
+
+
+def systems_for(batch: int, args: Any, model: Any, tokenizer: Any, whole: pa.Alignment, other: Any) -> dict[str, Any]:
+    guidance = whole.guidance
+    assert guidance is not None and isinstance(guidance.guide, AdapterGuide)
+    hidden = [edit for edit in whole.edits if not isinstance(edit, Guidance)]
+    checkpoint = CheckpointGuide("merged")
+    checkpoint.model = other
+    upper_from = 2 * model.config.num_hidden_layers // 3
+    factors = {
+        n: f for n, f in guidance.guide.patch.factors.items() if int(n.split("layers.")[1].split(".")[0]) >= upper_from
+    }
+    upper = AdapterGuide(LowRankPatch(factors, guidance.guide.patch.scale))
+    exact = Guidance(guidance.guide, guidance.lam)
+    plain, mixed = prompts_for(batch)
+
+    def ours(edits: list, prompts: list[str], gate: Any = None, one_by_one: bool = False) -> Run:
+        return engine_run(model, tokenizer, prompts, pa.Alignment("bench", edits, gate), args.tokens, one_by_one)
+
+    twice = Guidance(checkpoint, guidance.lam)
+    found = {
+        "generate": generate_run(model, tokenizer, plain, args.tokens),
+        "engine, no alignment": engine_run(model, tokenizer, plain, None, args.tokens, False),
+        "hidden edit": ours(hidden, plain),
+        "adapter guide": ours([exact], plain),
+        "adapter guide, upper third": ours([Guidance(upper, guidance.lam)], plain),
+        "checkpoint guide": ours([twice], plain),
+        "two passes, one token at a time": ours([twice], plain, one_by_one=True),
+        "transformers' guidance (two passes)": generate_run(model, tokenizer, plain, args.tokens, scale=1.5),
+    }
+    gated = {
+        "generate, mixed prompts": generate_run(model, tokenizer, mixed, args.tokens),
+        "adapter guide behind the gate": ours([*hidden, exact], mixed, whole.gate),
+    }
+    return {"plain": found, "gated": gated}
+
+
+def cpu_name() -> str:
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/decoding"))
+    parser.add_argument("--model", default="smollm2-fragile")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--alignment", type=Path)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--systems", default="", help="only these, separated by semicolons")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = pa.load_model(args.model, dtype=args.dtype)
+    whole = parts(args.alignment, model, tokenizer, args.out / "alignment")
+    assert isinstance(whole.guidance and whole.guidance.guide, AdapterGuide), "an alignment with an adapter guide"
+    other = merged(model, whole.guidance.guide.patch)
+    table: dict[str, Any] = {}
+    for batch in map(int, args.batches.split(",")):
+        rows: dict[str, Any] = {}
+        for group in systems_for(batch, args, model, tokenizer, whole, other).values():
+            names = [n for n in group if not args.systems or n.startswith("generate") or n in args.systems.split(";")]
+            if len(names) > 1:
+                rows |= measure({name: group[name] for name in names}, args.repeats)
+        reference = rows.get("two passes, one token at a time", {}).get("ids")
+        for name, row in rows.items():
+            ids = row.pop("ids")
+            if reference is not None and name in ("adapter guide", "checkpoint guide"):
+                row["same_tokens"] = ids == reference
+            print(
+                f"batch {batch:3d}  {name:38s} {row['ratio']:6.3f} [{row['low']:.3f}-{row['high']:.3f}]  "
+                f"{row['tokens_per_second']:8.1f} tokens/s  {row.get('same_tokens', '')}",
+                flush=True,
+            )
+        table[str(batch)] = rows
+    facts = {
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "postalign": pa.__version__},
+    }
+    result = {"command": command(), "facts": facts, "tokens": args.tokens, "repeats": args.repeats, "batches": table}
+    if not args.systems:
+        write_whole(RESULTS / "decoding.json", json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
