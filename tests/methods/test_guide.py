@@ -11,12 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from postalign.data.records import Data, Prompt
-from postalign.edits import CheckpointGuide, HiddenEdit
+from postalign.edits import AdapterGuide, CheckpointGuide, HiddenEdit
 from postalign.errors import PostalignError, UsageError
 from postalign.methods import guide
 from postalign.methods.greedy import greedy
 from postalign.methods.stages import Stages
 from postalign.models.chat import encode
+from tests.methods.small import fit
 from tests.tiny import SENTENCES, tiny_model
 
 PROMPTS = ["Who are you?", "Please explain how the moon moves the water of the sea.", "a"]
@@ -195,3 +196,12 @@ def test_prompt_and_vector() -> None:
     assert isinstance(back, HiddenEdit)
     assert (back.layer, back.strength) == (1, -0.5)
     assert torch.equal(back.vector, edit.vector)
+
+
+def test_an_adapter_of_some_blocks(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    alignment = fit(tiny_llama, tiny_tokenizer, guide_layers=[2])
+    assert alignment.guidance is not None and isinstance(alignment.guidance.guide, AdapterGuide)
+    names = list(alignment.guidance.guide.patch.factors)
+    assert names and all(name.startswith("model.layers.2.") for name in names)
+    with pytest.raises(UsageError, match="guide_layers=7 is out of range"):
+        fit(tiny_llama, tiny_tokenizer, guide_layers=[7])

@@ -42,6 +42,7 @@ class Rows:
     guided: Tensor
     controls: list[tuple[Tensor | None, slice]] = field(default_factory=list)  # of target and guide, as hooks see them
     plain: bool = False  # whether the mask hides nothing
+    index: Tensor | None = None  # of the rows after the fork, which of the input's each is
 
 
 class Branches:
@@ -61,8 +62,9 @@ class Branches:
         here = threading.get_ident()
         self.controls = Control(thread=here), Control(thread=here)
         self.blocks = anatomy(model).blocks
+        self.takes = accepted(model, position_ids=True, logits_to_keep=True)
         self.fork = 0
-        self.index: Tensor | None = None  # which of the input's rows each row after the fork is
+        self.index: Tensor | None = None  # that of the rows of the current pass
         self.above = 0  # how many the input has
         self.spread: dict[int, tuple[Tensor, Tensor]] = {}
         self.handles = attach_all(edits, model, self.controls[0])
@@ -175,7 +177,9 @@ class Branches:
     def _settle(self, rows: Rows) -> None:
         """Work out, once for many steps, what the hooks are told."""
         targets, guides = self._targets(rows), len(rows.guided)
-        rows.plain = bool(rows.mask.all())
+        rows.plain, rows.index = bool(rows.mask.all()), None
+        if guides and not self.own_tokens:
+            rows.index = torch.cat([torch.arange(targets, device=rows.guided.device), rows.guided])
         strength = rows.strength
         if strength is not None and guides:
             strength = torch.cat([strength, strength.new_zeros(guides)])
@@ -190,9 +194,9 @@ class Branches:
         limit = getattr(self.model.config, "max_position_embeddings", None)  # rows that have ended may run past it
         positions = (rows.mask.cumsum(-1) - 1).clamp(min=0, max=limit and limit - 1)[:, -length:]
         kept = 1 if start else length
-        inputs |= accepted(self.model, position_ids=positions, logits_to_keep=kept)
-        if len(rows.guided) and not self.own_tokens:
-            self.index, self.above = torch.cat([torch.arange(len(ids), device=ids.device), rows.guided]), len(ids)
+        more = {"position_ids": positions, "logits_to_keep": kept}
+        inputs |= {name: value for name, value in more.items() if name in self.takes}
+        self.index, self.above = rows.index, len(ids)
         for control, (strength, where) in zip(self.controls, rows.controls, strict=True):
             control.start, control.strength, control.rows = start, strength, where
             control.whole = control is self.controls[1]

@@ -99,7 +99,7 @@ class LowRankPatch:
                 change = self.scale * nn.functional.linear(nn.functional.linear(x, a.to(*key)), b.to(*key))
                 return output + _per_row(change, strength)
             if key not in live:
-                live[key] = (a.to(*key), b.to(*key) * self.scale)
+                live[key] = (a.to(*key).T.contiguous(), (b.to(*key) * self.scale).T.contiguous())
             down, up = live[key]
             where = control.rows
             if output.dim() == 2 and where != slice(None):  # [rows * length, out]
@@ -107,8 +107,10 @@ class LowRankPatch:
                 begin, end, _ = where.indices(len(strength))
                 where = slice(begin * each, end * each)
             # the rows that have a part in it, and in place: nobody else holds a linear module's output yet
-            change = nn.functional.linear(nn.functional.linear(x[where], down), up)
-            output[where].add_(change if control.whole else _per_row(change, strength[control.rows]))
+            inner = x[where] @ down
+            if not control.whole:
+                inner = _per_row(inner, strength[control.rows])
+            output[where].view(-1, output.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), up)
             return output
 
         return module.register_forward_hook(patch)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..data.records import Data
 from ..edits import AdapterGuide, CheckpointGuide, HiddenEdit, LowRankPatch, PromptGuide, VectorGuide
+from ..edits.weights import block_linears
 from ..errors import PostalignError, UsageError
+from ..models.anatomy import anatomy
 from ..models.capture import forward_inputs
 from ..models.chat import encode, same_vocabulary
 from ..models.load import load_tokenizer
@@ -37,13 +39,14 @@ def adapter(
     pairs: int,
     steps: int,
     rank: int,
+    layers: Sequence[int] | None = None,
     learning_rate: float,
     seed: int,
 ) -> AdapterGuide:
     """A low-rank patch trained on harmful pairs: the data's own (rows with `unsafe_response`), or made here.
 
     Made pairs are the model's own continuation of its own compliant opening, so no harmful text is needed or kept: they
-    live in memory only.
+    live in memory only. layers: the blocks that are patched; None: all.
     """
 
     def train() -> dict[str, Tensor]:
@@ -59,12 +62,15 @@ def adapter(
             steps=steps,
             learning_rate=learning_rate,
             seed=seed,
+            targets=targets,
             on_step=lambda step, total, loss: on_progress("training the unsafe guide", step, total),
         )
         settings, tensors = patch.state()
         return {**tensors, "scale": torch.tensor(settings["scale"])}
 
-    asked = {**key, "pairs": pairs, "steps": steps, "rank": rank, "learning_rate": learning_rate}
+    blocks = anatomy(model).block_names
+    targets = None if layers is None else block_linears(model, tuple(blocks[layer] for layer in layers))
+    asked = {**key, "pairs": pairs, "steps": steps, "rank": rank, "layers": layers, "learning_rate": learning_rate}
     tensors = stages("guide", asked, train)
     names = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
     return AdapterGuide(LowRankPatch.from_state({"modules": names, "scale": float(tensors["scale"])}, tensors))

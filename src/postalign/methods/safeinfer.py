@@ -90,6 +90,12 @@ class SafeInferConfig(BaseModel):
     guide_pairs: int = Field(96, ge=1, description="harmful pairs an adapter guide is trained on")
     guide_steps: int = Field(40, ge=1)
     guide_rank: int = Field(8, ge=1)
+    guide_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="blocks that an adapter guide changes; None: all. What lies below these and the "
+        "steered block is computed once for model and guide",
+    )
     guide_learning_rate: float = Field(5e-4, gt=0)
     gate: bool | None = Field(None, description="None: as the preset says")
     gate_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
@@ -264,6 +270,7 @@ def make_guide(
         pairs=config.guide_pairs,
         steps=config.guide_steps,
         rank=config.guide_rank,
+        layers=config.guide_layers,
         learning_rate=config.guide_learning_rate,
         seed=config.seed,
     )
@@ -271,6 +278,7 @@ def make_guide(
 
 def _require_room(body: Anatomy, config: SafeInferConfig, layers: list[int]) -> None:
     given = [("layer", layer) for layer in layers] + [("gate_layers", layer) for layer in config.gate_layers or ()]
+    given += [("guide_layers", layer) for layer in config.guide_layers or ()]
     for name, index in given:
         if index >= body.n_layers:
             raise UsageError(f"{name}={index} is out of range: the model has blocks 0 to {body.n_layers - 1}.")

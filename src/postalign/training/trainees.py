@@ -148,6 +148,8 @@ def _copied(model: nn.Module, names: list[str], settings: TrainSettings, process
             value = value.to(processes.device)
         memo[id(parameter)] = nn.Parameter(value, requires_grad=train)
     twin = copy.deepcopy(model, memo).to(processes.device)
+    if processes.device.type == "cpu" and getattr(twin.config, "_attn_implementation", "") == "sdpa":
+        twin.set_attn_implementation("eager")  # type: ignore[operator]  # whose backward pass is the faster one there
 
     def deltas(bare: nn.Module) -> Deltas:
         after = own_parameters(bare)
