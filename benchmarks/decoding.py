@@ -15,9 +15,11 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,29 @@ def systems_for(batch: int, args: Any, model: Any, tokenizer: Any, whole: pa.Ali
     return {"plain": found, "gated": gated}
 
 
+def queue(model: Any, tokenizer: Any, alignment: Any, count: int, size: int) -> dict[str, float]:
+    """New tokens a second of a queue of prompts of 5 to 500 tokens with replies of 8 to 64, and of one where all
+    prompts and replies have the mean length: the same work without coming and going."""
+    rng, word = random.Random(0), " bread"
+    empty = len(encode(tokenizer, [""]).input_ids[0])
+
+    def speed(lengths: list[tuple[int, int]]) -> float:
+        with Engine(model, tokenizer, alignment, batch_size=size) as engine:
+            engine.eos = set()
+            requests = [engine.submit(word * max(1, n - empty), max_new_tokens=new) for n, new in lengths]
+            engine.waiting = deque(sorted(engine.waiting, key=lambda request: -len(request.ids)))
+            started = time.perf_counter()
+            while engine.step():
+                pass
+            return sum(len(request.token_ids) for request in requests) / (time.perf_counter() - started)
+
+    mixed = [(rng.randint(5, 500), rng.randint(8, 64)) for _ in range(count)]
+    means = [(round(statistics.mean(lengths)),) for lengths in zip(*mixed, strict=True)]
+    equal = [(means[0][0], means[1][0])] * count
+    speeds = {"equal": speed(equal), "mixed": speed(mixed)}
+    return {**{name: round(value, 1) for name, value in speeds.items()}, "share": speeds["mixed"] / speeds["equal"]}
+
+
 def cpu_name() -> str:
     found = Path("/proc/cpuinfo")
     lines = found.read_text().splitlines() if found.exists() else []
@@ -187,6 +212,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--queue", type=int, default=0, help="prompts of the queue; 0: no queue")
+    parser.add_argument("--queue-rows", type=int, default=16)
     parser.add_argument("--systems", default="", help="only these, separated by semicolons")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -219,6 +246,13 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "postalign": pa.__version__},
     }
     result = {"command": command(), "facts": facts, "tokens": args.tokens, "repeats": args.repeats, "batches": table}
+    if args.queue:
+        exact = pa.Alignment("bench", [whole.guidance])
+        rows = {"no alignment": None, "adapter guide": exact}
+        result["queue"] = {
+            name: queue(model, tokenizer, one, args.queue, args.queue_rows) for name, one in rows.items()
+        }
+        print(json.dumps(result["queue"]), flush=True)
     if not args.systems:
         write_whole(RESULTS / "decoding.json", json.dumps(result, indent=1) + "\n")
 

@@ -11,7 +11,8 @@ import torch
 from postalign.alignment import Alignment
 from postalign.decoding import generate_replies
 from postalign.decoding.engine import Engine
-from postalign.errors import PostalignError
+from postalign.edits import SparsePatch
+from postalign.errors import PostalignError, UsageError
 from tests.decoding.tools import GUIDES, hooks, parts
 from tests.decoding.twin import PROMPTS, Twin, guidance_of, patch_for, push
 from tests.tiny import tiny_model
@@ -151,6 +152,36 @@ def test_threads_with_two_alignments_do_not_disturb_each_other(tiny_tokenizer: A
     assert len({tuple(map(tuple, ids)) for ids in alone.values()}) == 3
     assert found == {(i, turn): alone[i] for i in range(3) for turn in range(4)}
     assert hooks(model) == 0
+
+
+def test_a_thread_may_not_patch_the_weights_that_another_decodes_with(tiny_tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    patch = SparsePatch.from_dense({name: torch.ones_like(model.get_parameter(name))})
+    patched = Alignment("test", [patch])
+
+    def elsewhere(alignment: Alignment | None) -> list[Any]:
+        found: list[Any] = []
+
+        def run() -> None:
+            try:
+                found.append(generate_replies(model, tiny_tokenizer, ["Hi"], alignment=alignment, max_new_tokens=2))
+            except UsageError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return found
+
+    for mine, theirs, fine in ((None, patched, False), (patched, None, False), (None, None, True)):
+        with Engine(model, tiny_tokenizer, mine) as engine:
+            engine.submit("Hi", max_new_tokens=3)
+            engine.step()
+            found = elsewhere(theirs)[0]
+            assert isinstance(found, list) if fine else "another thread" in str(found)
+            generate_replies(model, tiny_tokenizer, ["Hi"], alignment=theirs, max_new_tokens=2)  # in this thread it may
+        assert isinstance(elsewhere(theirs)[0], list)
 
 
 def test_what_the_two_have_in_common_runs_once(tiny_tokenizer: Any) -> None:

@@ -165,7 +165,7 @@ class Branches:
             rows.mask = rows.mask.masked_fill(hidden, 0)
             longest = int(rows.mask.sum(1).max())
             if length > 64 + 1.25 * longest:  # more is hidden than is worth dragging along
-                order = rows.mask.sort(1, stable=True).indices[:, -longest:]
+                order = rows.mask.sort(dim=1, stable=True).indices[:, -longest:]
                 for layer in rows.cache.layers:
                     layer.gather(order)  # type: ignore[attr-defined]
                 rows.mask = rows.mask.gather(1, order)

@@ -7,6 +7,9 @@ numbers are mixed; picks no token.
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment
 from ..edits import AdapterGuide, Guidance, PromptGuide, SparsePatch, union, union_order
+from ..errors import UsageError
 from ..models.chat import Batch
 from .branches import Branches, Rows, last_states, shape_of
 
@@ -41,9 +45,14 @@ class Stream:
             if patch is not None and not shape_of(model).apart.isdisjoint(patch.factors):
                 guide, below = model, None
         kind = self.guidance.guide if self.guidance else None
-        self.branches = Branches(model, edits, below, own_tokens=isinstance(kind, PromptGuide))
         self.shared = below is not None  # whether the guide's rows are in the model's own passes
         self.edited = any(not isinstance(edit, SparsePatch) for edit in edits)
+        self.leave = _enter(model, writes=any(isinstance(edit, SparsePatch) for edit in edits))
+        try:
+            self.branches = Branches(model, edits, below, own_tokens=isinstance(kind, PromptGuide))
+        except BaseException:
+            self.leave()
+            raise
         try:
             if self.guidance is not None and guide is not None:
                 self.other = Branches(guide, self.guidance.guide.edits())
@@ -75,6 +84,7 @@ class Stream:
         for branches in (self.branches, self.other):
             if branches is not None:
                 branches.close()
+        self.leave()
 
     def first(self, batch: Batch, guide_batch: Batch | None = None) -> Tensor:
         """Read the prompts. guide_batch: the prompts as the guide reads them, where it reads others."""
@@ -217,6 +227,33 @@ class _State:
     other: Rows | None = None
     strength: Tensor = field(default_factory=lambda: torch.empty(0))
     guided: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+_decoding: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, bool]]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _enter(model: nn.Module, *, writes: bool) -> Callable[[], None]:
+    """Tell that this thread decodes with `model`, and whether it writes into its weights; what is returned ends that.
+
+    Edits by hooks act in the passes of their own thread only; weights are everybody's. Raises UsageError where one
+    thread would change what another decodes with.
+    """
+    entry = (threading.get_ident(), writes)  # told from its equals by being itself
+    with _lock:
+        others = _decoding.setdefault(model, [])
+        if any(thread != entry[0] and (writes or wrote) for thread, wrote in others):
+            raise UsageError(
+                "another thread is decoding with this model, and one of the two patches its weights: "
+                "wait for it, or load the model twice."
+            )
+        others.append(entry)
+
+    def leave() -> None:
+        with _lock:
+            others[:] = [other for other in others if other is not entry]
+
+    return leave
 
 
 def _part(batch: Batch, rows: Tensor) -> Batch:
