@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor
 import postalign as pa
 from postalign import methods
 from postalign.alignment import Alignment
-from postalign.data.records import Data
+from postalign.data.records import Data, Prompt
 from postalign.edits import SparsePatch
 from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
 from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
-from postalign.methods.patch_pairs import benign_pairs, harmful_pairs, refusal_pairs
+from postalign.methods.patch_pairs import balanced, benign_pairs, harmful_pairs, refusal_pairs
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
@@ -601,6 +602,15 @@ def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> Non
     kept = [prompt for prompt, _ in asked[::2]]
     assert sorted(p for p, _ in pairs) == sorted([*kept, *(row.prompt for row in bare if row.response)])
     assert all(answer.endswith("<|im_end|>") for _, answer in pairs)
+
+
+def test_rare_categories_stand_several_times() -> None:
+    sizes = {"many": 20, "some": 8, "few": 1, None: 3}
+    rows = Data([Prompt(f"{name} {i}", "benign", category=name) for name, size in sizes.items() for i in range(size)])
+    pairs = [(row.prompt, "Yes.") for row in rows]
+    counts = Counter(prompt.split()[0] for prompt, _ in balanced(pairs, rows))
+    assert counts == {"many": 20, "some": 8, "few": 4, "None": 9}  # 8 is their mean size, 4 times is the most
+    assert set(balanced(pairs, rows)) == set(pairs)
 
 
 def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

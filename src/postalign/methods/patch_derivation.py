@@ -23,14 +23,14 @@ from ..errors import PostalignError, UsageError
 from ..models.shards import FolderWeights, Weights
 from ..training import TrainSettings, train_delta, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Judge, Pair, benign_pairs, harmful_pairs, refusal_pairs
+from .patch_pairs import Judge, Pair, balanced, benign_pairs, harmful_pairs, refusal_pairs
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens head_tokens rest_weight schedule train modules loss_on batch_size micro_batch max_grad_norm "
-    "optimiser rank kl_pairs categories seed"
+    "pairs pair_tokens head_tokens rest_weight balance schedule train modules loss_on batch_size micro_batch "
+    "max_grad_norm optimiser rank kl_pairs categories seed"
 ).split()
 _OWN = {
     "safety": (
@@ -102,7 +102,7 @@ class Derivation:
             self._refusals(config.pairs),
             settings,
             workdir=place,
-            wanted=self._benign[: config.pairs] if config.benign_weight else (),
+            wanted=self._answers(config.pairs) if config.benign_weight else (),
             at=patch,
             on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
         )
@@ -138,11 +138,17 @@ class Derivation:
         if kind == "safety" and self.config.safety == "refusal":
             return self._refusals(self.config.pairs)
         if kind == "over_safety" and self.config.over_safety == "benign":
-            return self._benign[: self.config.pairs]
+            return self._answers(self.config.pairs)
         return self._harmful
 
     def _refusals(self, count: int) -> list[Pair]:
-        return self._all_refusals[:count]
+        return self._taken(self._all_refusals, count)
+
+    def _answers(self, count: int) -> list[Pair]:
+        return self._taken(self._all_answers, count)
+
+    def _taken(self, pairs: list[Pair], count: int) -> list[Pair]:
+        return balanced(pairs[:count], self.rows) if self.config.balance else pairs[:count]
 
     @functools.cached_property
     def _all_refusals(self) -> list[Pair]:
@@ -154,7 +160,7 @@ class Derivation:
         """What the training of the safety patch makes likelier meanwhile."""
         config = self.config
         if kind == "safety" and config.safety == "refusal" and config.benign_weight:
-            return self._benign[: config.pairs]
+            return self._answers(config.pairs)
         if kind == "safety" and config.safety != "refusal" and config.refusal_weight:
             return self._refusals(config.pairs)
         return []
@@ -163,7 +169,7 @@ class Derivation:
         """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
         if kind == "over_safety" and self.config.over_safety == "benign":
             return self._refusals(self.config.kl_pairs)
-        return self._benign[: self.config.kl_pairs]
+        return self._answers(self.config.kl_pairs)
 
     @functools.cached_property
     def _harmful(self) -> list[Pair]:
@@ -179,7 +185,7 @@ class Derivation:
         return pairs
 
     @functools.cached_property
-    def _benign(self) -> list[Pair]:
+    def _all_answers(self) -> list[Pair]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
         return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)

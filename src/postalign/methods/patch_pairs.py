@@ -6,6 +6,7 @@ What is made here lives in memory only: harmful answers are never written down. 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
 BATCH = 32
+MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 3  # words of a refusal that the model goes on from
 
 
@@ -111,7 +113,7 @@ def _made(
     """Answers of the model's own that begin with none of the rows' refusals, for the first `count` of `prompts` for
     which it has one that the judge calls compliance: what loops would teach loops, whatever it is about.
 
-    An answer that `new_tokens` cuts off ends with its last whole sentence; end: what follows one that is whole.
+    An answer that `new_tokens` cuts off ends with its last whole sentence. end: what follows every answer.
     """
     refusals = [row.response for row in rows.harmful if row.response]
     rng = random.Random(seed)
@@ -124,7 +126,7 @@ def _made(
         answers = _answers(model, tokenizer, chosen, openings, new_tokens)
         for prompt, (answer, ended) in zip(chosen, answers, strict=True):
             if answer.strip() and (judge is None or judge(prompt, answer) == "compliance"):
-                pairs.append((prompt, answer + end if ended else whole_sentences(answer) or answer))
+                pairs.append((prompt, (answer if ended else whole_sentences(answer) or answer) + end))
         on_progress(told, min(len(pairs), count), count)
     return pairs[:count]
 
@@ -136,6 +138,16 @@ def _answers(
     texts = greedy(model, tokenizer, prompts, new_tokens, openings)
     lengths = [len(token_ids(tokenizer, text, beginning=False)) for text in texts]
     return [(o + text, length < new_tokens) for o, text, length in zip(openings, texts, lengths, strict=True)]
+
+
+def balanced(pairs: Sequence[Pair], rows: Data) -> list[Pair]:
+    """The pairs, with those of a rare category of `rows` several times: as often as brings it to the categories' mean
+    size, and four times at most."""
+    category = {row.prompt: row.category for row in rows}
+    sizes = Counter(category.get(prompt) for prompt, _ in pairs)
+    mean = len(pairs) / max(1, len(sizes))
+    times = {name: max(1, min(MOST, round(mean / size))) for name, size in sizes.items()}
+    return [pair for pair in pairs for _ in range(times[category.get(pair[0])])]
 
 
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:

@@ -13,14 +13,15 @@ from .sparsify import Scope
 KINDS = ("safety", "over_safety")
 # `published` is the paper's recipe as far as it is known. On one harmful set the two patches are each other's mirror
 # image; in `anchored` each learns what the other may not undo: refusals of harmful prompts beside answers to harmless
-# ones, and answers to harmless ones while the refusals are held.
+# ones, and answers to harmless ones while the refusals are held. What they merge to is then trained on in its places.
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
-        **{"pairs": 400, "kl_pairs": 400, "pair_tokens": 24, "answer_tokens": 12, "batch_size": 16, "micro_batch": 16},
-        **{"safety": "refusal", "benign_weight": 1.0, "safety_steps": 60, "safety_learning_rate": 1e-4},
-        **{"over_safety": "benign", "over_safety_kl_weight": 1.0, "over_safety_learning_rate": 5e-5},
-        **{"p": 1.0, "importance": "magnitude", "a": 0.021, "b": 0.021, "alpha": [3.0, 5.0, 7.0], "beta": [2.5, 4.0]},
+        **{"pairs": 1000, "kl_pairs": 400, "pair_tokens": 40, "head_tokens": 12, "balance": True, "schedule": "linear"},
+        **{"batch_size": 12, "micro_batch": 6, "safety": "refusal", "benign_weight": 2.5},
+        **{"safety_steps": 30, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
+        **{"over_safety_steps": 16, "over_safety_learning_rate": 5e-5, "p": 1.0, "importance": "magnitude"},
+        **{"a": 0.021, "b": 0.021, "alpha": 3.0, "beta": 2.0, "refine_steps": 70, "refine_learning_rate": 3e-4},
     },
 }
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
@@ -42,6 +43,7 @@ class SafePatchingConfig(BaseModel):
         "the others together count `rest_weight` times; None: all alike",
     )
     rest_weight: float = Field(0.3, ge=0, description="see head_tokens")
+    balance: bool = Field(False, description="refusals and harmless answers of rare categories several times")
     schedule: Literal["constant", "linear"] = Field("constant", description="of the learning rates: see TrainSettings")
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
