@@ -66,6 +66,20 @@ def test_the_loss_of_each_row(kind: str, loss_on: Any, tiny_tokenizer: Any) -> N
             torch.testing.assert_close(found[i], torch.stack(each).mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_tokens_count_more(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    batch = labelled_batch(tiny_tokenizer, PAIRS, CPU)
+    with torch.no_grad():
+        found = row_losses(tiny_llama, batch, head_tokens=3, rest_weight=0.5)
+        scores = [row_losses(tiny_llama, batch), row_losses(tiny_llama, batch, head_tokens=99, rest_weight=0.5)]
+        logits, labels = target_logits(tiny_llama, batch)
+    torch.testing.assert_close(*scores)  # no answer is longer than that
+    for row, (given, label) in enumerate(zip(logits.log_softmax(-1), labels, strict=True)):
+        each = [-given[i, token] for i, token in enumerate(label.tolist()) if token != IGNORED]
+        head, rest = torch.stack(each[:3]), each[3:]
+        expected = head.mean() + (0.5 * torch.stack(rest).mean() if rest else 0.0)
+        torch.testing.assert_close(found[row], expected)
+
+
 def test_divergence_of_each_row(tiny_tokenizer: Any) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from postalign.edits import SparsePatch
 from postalign.edits.weights import block_linears
 from postalign.errors import PostalignError, UsageError
 from postalign.models.anatomy import anatomy
@@ -278,6 +279,50 @@ def test_half_precision_on_disk(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: 
 
 
 # wrong use
+
+
+def test_the_weights_of_a_patch_alone(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """It starts from the patch, moves its weights, and tells the difference to the model without it."""
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    values = torch.zeros_like(model.get_parameter(name))
+    values.view(-1)[::7] = 0.01
+    patch = SparsePatch.from_dense({name: values})
+    still = train(model, tiny_tokenizer, tmp_path / "a", at=patch, learning_rate=1e-12)
+    assert set(still) == {name}
+    torch.testing.assert_close(still[name], values, rtol=0, atol=1e-6)
+    moved_on = train(model, tiny_tokenizer, tmp_path / "b", at=patch)
+    places = values != 0
+    assert not bool(moved_on[name][~places].any())
+    assert bool((moved_on[name] - values)[places].abs().gt(1e-4).any())
+    assert loss(moved(model, moved_on), tiny_tokenizer) < loss(moved(model, still), tiny_tokenizer) - 0.01
+    other = SparsePatch.from_dense({name: values.roll(1)})
+    again = train(model, tiny_tokenizer, tmp_path / "b", at=other)  # not the same training
+    assert bool(again[name][values.roll(1) != 0].any())
+    for settings in ({"train": "adapter"}, {"modules": ["q_proj"]}):
+        with pytest.raises(UsageError, match="patch"):
+            train(model, tiny_tokenizer, tmp_path / "c", at=patch, **settings)
+
+
+def test_a_linear_schedule_falls_to_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: Any, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    for schedule in ("constant", "linear"):
+        train(
+            *(tiny_model("llama"), tiny_tokenizer, tmp_path / schedule),
+            **{"optimiser": "sgd", "schedule": schedule, "steps": 20, "learning_rate": 1e-3, "warmup": 0.2},
+        )
+    constant, linear = rates[:20], rates[20:]
+    assert constant[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3]) and set(constant[4:]) == {1e-3}
+    assert linear[10] == pytest.approx(0.5e-3) and linear[-1] == pytest.approx(0.1e-3)
 
 
 def test_wrong_use(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

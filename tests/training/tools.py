@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"steps": 6, "batch_size": 3, "micro_batch": 2, "learnin
 
 def train(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> dict[str, Tensor]:
     """The differences of a small training."""
-    given = {key: settings.pop(key) for key in ("benign", "wanted", "on_step") if key in settings}
+    given = {key: settings.pop(key) for key in ("benign", "wanted", "at", "on_step") if key in settings}
     pairs = settings.pop("pairs", PAIRS)
     path = train_delta(model, tokenizer, pairs, TrainSettings(**{**SMALL, **settings}), workdir=folder, **given)
     weights = FolderWeights(path)
