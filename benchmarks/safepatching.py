@@ -41,6 +41,7 @@ from postalign.models.shards import FolderWeights, write_tensors
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "instructions"
 ABLATIONS = {name: BASELINES[name] for name in ("safety_only", "over_safety_only", "intersection", "union")}
+ABLATIONS["not refined"] = {"refine_steps": 0}
 ABLATIONS |= {"p = 1": {"p": 1.0}, "p = 0.5": {"p": 0.5}, "SNIP": {"importance": "snip"}}
 VERDICTS = ("compliance", "refusal", "degenerate")
 
@@ -218,7 +219,11 @@ def main() -> None:
     for preset in PRESETS:
         for seed in seeds:
             systems[f"{preset}, seed {seed}"] = patched({"preset": preset, "seed": seed})
-    systems |= {name: patched({**config, "seed": seeds[0]}) for name, config in BASELINES.items() if "beta" in config}
+    systems |= {
+        name: patched({"preset": "published", **config, "seed": seeds[0]})
+        for name, config in BASELINES.items()
+        if "beta" in config
+    }
     for preset in PRESETS:
         for name, config in ABLATIONS.items():
             systems[f"{preset}, {name}"] = ablated(preset, config)

@@ -34,7 +34,7 @@ from tests.tiny import tiny_model
 SMALL: dict[str, Any] = {
     "pairs": 3, "pair_tokens": 4, "safety_steps": 2, "over_safety_steps": 2, "batch_size": 2, "score_pairs": 2,
     "safety_learning_rate": 1e-2, "over_safety_learning_rate": 1e-2, "a": 0.3, "b": 0.3, "p": 0.5,
-    "alpha": 1.0, "beta": 1.0, "values": "float32", "max_loss_rise": 8.0, "kl_pairs": 2,
+    "alpha": 1.0, "beta": 1.0, "values": "float32", "max_loss_rise": 8.0, "kl_pairs": 2, "preset": "published",
 }  # fmt: skip
 PRESETS = ["published", "anchored"]
 

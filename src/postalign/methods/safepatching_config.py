@@ -11,9 +11,10 @@ from .settings import checked
 from .sparsify import Scope
 
 KINDS = ("safety", "over_safety")
-# `published` is the paper's recipe as far as it is known. On one harmful set the two patches are each other's mirror
-# image; in `anchored` each learns what the other may not undo: refusals of harmful prompts beside answers to harmless
-# ones, and answers to harmless ones while the refusals are held. What they merge to is then trained on in its places.
+# The defaults of the fields are `published`: the paper's recipe as far as it is known. On one harmful set the two patches
+# are each other's mirror image; in `anchored` each learns what the other may not undo: refusals of harmful prompts beside
+# answers to harmless ones, and answers to harmless ones while the refusals are held. What they merge to is then trained
+# on in its places.
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
@@ -24,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"a": 0.021, "b": 0.021, "alpha": 3.0, "beta": 2.0, "refine_steps": 70, "refine_learning_rate": 3e-4},
     },
 }
+DEFAULT = "anchored"
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
 
 
@@ -32,7 +34,7 @@ class SafePatchingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    preset: Literal["published", "anchored"] = "published"
+    preset: Literal["published", "anchored"] = "anchored"
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
@@ -115,7 +117,7 @@ class SafePatchingConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return {**PRESETS.get(values.get("preset", ""), {}), **values} if isinstance(values, dict) else values
+        return {**PRESETS.get(values.get("preset", DEFAULT), {}), **values} if isinstance(values, dict) else values
 
     @field_validator("alpha", "beta")
     @classmethod
@@ -146,7 +148,7 @@ class SafePatchingConfig(BaseModel):
 
 
 PLAIN = {"alpha": 1.0, "beta": 1.0}
-# what the paper compares with, and what it leaves out of itself: settings beside the ones of a fit
+# what the paper compares with, and what it leaves out of itself: settings beside the ones of a fit with `published`
 BASELINES: dict[str, dict[str, Any]] = {
     "gradient_ascent": {"combine": "safety", "p": 1.0, "a": 1.0, **PLAIN},
     "npo": {"combine": "safety", "p": 1.0, "a": 1.0, "safety": "npo", **PLAIN},
