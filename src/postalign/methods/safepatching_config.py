@@ -11,10 +11,10 @@ from .settings import checked
 from .sparsify import Scope
 
 KINDS = ("safety", "over_safety")
-# The defaults of the fields are `published`: the paper's recipe as far as it is known. On one harmful set the two patches
-# are each other's mirror image; in `anchored` each learns what the other may not undo: refusals of harmful prompts beside
-# answers to harmless ones, and answers to harmless ones while the refusals are held. What they merge to is then trained
-# on in its places.
+# The defaults of the fields are `published`: the paper's recipe as far as it is known. On one harmful set the two
+# patches are each other's mirror image; in `anchored` each learns what the other may not undo: refusals of harmful
+# prompts beside answers to harmless ones, and answers to harmless ones while the refusals are held. What they merge to
+# is then trained on in its places.
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
