@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,13 @@ def merged(model: Any, patch: LowRankPatch) -> Any:
     return other
 
 
-def engine_run(model: Any, tokenizer: Any, prompts: list[str], alignment: Any, tokens: int, one_by_one: bool) -> Run:
-    """The engine on all prompts at once, for exactly `tokens` tokens."""
+def engine_run(
+    model: Any, tokenizer: Any, prompts: list[str], alignment: Any, tokens: int, one_by_one: bool, rows: int = 0
+) -> Run:
+    """The engine on all prompts at once, or on so many rows, for exactly `tokens` tokens."""
 
     def run() -> list[list[int]]:
-        with Engine(model, tokenizer, alignment, batch_size=len(prompts)) as engine:
+        with Engine(model, tokenizer, alignment, batch_size=rows or len(prompts)) as engine:
             engine.eos = set()
             if one_by_one:
                 engine.speculation.possible = lambda stream: False  # type: ignore[method-assign]
@@ -77,8 +80,15 @@ def engine_run(model: Any, tokenizer: Any, prompts: list[str], alignment: Any, t
     return run
 
 
-def generate_run(model: Any, tokenizer: Any, prompts: list[str], tokens: int, scale: float | None = None) -> Run:
+def generate_run(
+    model: Any, tokenizer: Any, prompts: list[str], tokens: int, scale: float | None = None, rows: int = 0
+) -> Run:
     """transformers' generate; scale: with its classifier-free guidance processor, which runs the model twice."""
+    if rows and rows < len(prompts):
+        parts = [
+            generate_run(model, tokenizer, prompts[i : i + rows], tokens, scale) for i in range(0, len(prompts), rows)
+        ]
+        return lambda: [reply for part in parts for reply in part()]
 
     def run() -> list[list[int]]:
         batch = encode(tokenizer, prompts)
@@ -142,6 +152,7 @@ def systems_for(batch: int, args: Any, model: Any, tokenizer: Any, whole: pa.Ali
     guidance = whole.guidance
     assert guidance is not None and isinstance(guidance.guide, AdapterGuide)
     hidden = [edit for edit in whole.edits if not isinstance(edit, Guidance)]
+    everywhere = [replace(edit, scope=("last", "generation")) for edit in hidden]  # in every step
     checkpoint = CheckpointGuide("merged")
     checkpoint.model = other
     upper_from = 2 * model.config.num_hidden_layers // 3
@@ -153,13 +164,14 @@ def systems_for(batch: int, args: Any, model: Any, tokenizer: Any, whole: pa.Ali
     plain, mixed = prompts_for(batch)
 
     def ours(edits: list, prompts: list[str], gate: Any = None, one_by_one: bool = False) -> Run:
-        return engine_run(model, tokenizer, prompts, pa.Alignment("bench", edits, gate), args.tokens, one_by_one)
+        alignment = pa.Alignment("bench", edits, gate)
+        return engine_run(model, tokenizer, prompts, alignment, args.tokens, one_by_one, batch)
 
     twice = Guidance(checkpoint, guidance.lam)
     found = {
         "generate": generate_run(model, tokenizer, plain, args.tokens),
         "engine, no alignment": engine_run(model, tokenizer, plain, None, args.tokens, False),
-        "hidden edit": ours(hidden, plain),
+        "hidden edit": ours(everywhere, plain),
         "adapter guide": ours([exact], plain),
         "adapter guide, upper third": ours([Guidance(upper, guidance.lam)], plain),
         "checkpoint guide": ours([twice], plain),
@@ -167,8 +179,9 @@ def systems_for(batch: int, args: Any, model: Any, tokenizer: Any, whole: pa.Ali
         "transformers' guidance (two passes)": generate_run(model, tokenizer, plain, args.tokens, scale=1.5),
     }
     gated = {
-        "generate, mixed prompts": generate_run(model, tokenizer, mixed, args.tokens),
-        "adapter guide behind the gate": ours([*hidden, exact], mixed, whole.gate),
+        "generate, mixed prompts": generate_run(model, tokenizer, mixed, args.tokens, rows=batch),
+        "adapter guide behind the gate": ours([exact], mixed, whole.gate),
+        "adapter guide, upper third, behind the gate": ours([Guidance(upper, guidance.lam)], mixed, whole.gate),
     }
     return {"plain": found, "gated": gated}
 
@@ -234,7 +247,7 @@ def main() -> None:
             if reference is not None and name in ("adapter guide", "checkpoint guide"):
                 row["same_tokens"] = ids == reference
             print(
-                f"batch {batch:3d}  {name:38s} {row['ratio']:6.3f} [{row['low']:.3f}-{row['high']:.3f}]  "
+                f"batch {batch:3d}  {name:44s} {row['ratio']:6.3f} [{row['low']:.3f}-{row['high']:.3f}]  "
                 f"{row['tokens_per_second']:8.1f} tokens/s  {row.get('same_tokens', '')}",
                 flush=True,
             )

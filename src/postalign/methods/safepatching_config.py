@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"a": 0.021, "b": 0.021, "alpha": 3.0, "beta": 2.0, "refine_steps": 70, "refine_learning_rate": 3e-4},
     },
 }
-DEFAULT = "anchored"
+DEFAULT = "published"
 Combine = Literal["difference", "intersection", "union", "safety", "over_safety", "ties"]
 
 
@@ -34,7 +34,7 @@ class SafePatchingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    preset: Literal["published", "anchored"] = "anchored"
+    preset: Literal["published", "anchored"] = "published"
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
