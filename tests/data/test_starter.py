@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from postalign.data import Data, load_data
+from postalign.data.duplicates import grams, jaccard, words
 
 HARMFUL = {
     "illegal_activity",
@@ -37,20 +37,6 @@ def starter() -> Data:
 
 def part(data: Data, name: str) -> Data:
     return data.filter(lambda row: row.type == name)
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z0-9']+", text.lower()))
-
-
-def grams(text: str) -> frozenset[str]:
-    plain = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
-    return frozenset(plain[i : i + 4] for i in range(max(1, len(plain) - 3)))
-
-
-def alike(a: frozenset[str], b: frozenset[str]) -> float:
-    common = len(a & b)
-    return common / (len(a) + len(b) - common)
 
 
 def test_harmful_rows_cover_all_categories_with_a_refusal_each(starter: Data) -> None:
@@ -100,7 +86,7 @@ def test_no_two_rows_of_different_splits_are_alike(starter: Data) -> None:
     close = [
         (a.prompt, b.prompt)
         for (a, a_words, a_grams), (b, b_words, b_grams) in combinations(rows, 2)
-        if a.split != b.split and (alike(a_words, b_words) > 0.5 or alike(a_grams, b_grams) > 0.5)
+        if a.split != b.split and (jaccard(a_words, b_words) > 0.5 or jaccard(a_grams, b_grams) > 0.5)
     ]
     assert not close
 
@@ -121,7 +107,7 @@ def test_no_row_is_taken_from_a_public_set(starter: Data) -> None:
         mine = words(row.prompt)
         sizes = range(int(len(mine) * 0.6), int(len(mine) / 0.6) + 1)  # other sizes cannot be that much alike
         near = (other for size in sizes for other in sized.get(size, ()))
-        taken += [row.prompt for other in near if alike(mine, other) >= 0.6]
+        taken += [row.prompt for other in near if jaccard(mine, other) >= 0.6]
     assert not taken
 
 

@@ -90,6 +90,8 @@ def _json(path: Path) -> list[Row]:
         raise UsageError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}).{hint}") from error
     if not isinstance(values, list):
         raise UsageError(f"{path} must hold a list of objects: [{{...}}, {{...}}].")
+    if all(isinstance(value, str) for value in values):  # a bare list of texts: each is a prompt
+        values = [{"prompt": value} for value in values]
     return [(f"item {i}", _object(value, f"{path}, item {i}")) for i, value in enumerate(values, start=1)]
 
 

@@ -25,7 +25,8 @@ class Prompt:
     label: `harmful`, `benign` or None when it is not known; `unsafe` and `safe` are read as these.
     response: the answer wanted (a refusal, for a harmful prompt). A row that has one is a pair.
     unsafe_response: an answer that is not wanted, for a guide trained on it; never shipped with this package.
-    category, type, id: free text. split: `fit`, `tune`, `test` or the source's own word.
+    category, type, id: free text. split: `fit`, `tune`, `test` or the source's own word. group: the same name on
+    rows that ask for the same thing in other words.
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class Prompt:
     split: str | None = None
     type: str | None = None
     unsafe_response: str | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", read_label(self.label))

@@ -22,6 +22,7 @@ GUESSES = {
     "response": ("response", "output", "answer"),
 }
 SLICE = re.compile(r"(?P<source>.*)\[(?P<start>\d*):(?P<stop>\d*)\]")
+HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -92,7 +93,7 @@ def _raw_rows(place: str, split: str | None) -> list[Row]:
     if path.is_file():
         return read_rows(path)
     if _is_hub(place):
-        return _hub_rows(place, split)
+        return hub_rows(place, split)
     try:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in READERS]
     except OSError:
@@ -101,17 +102,31 @@ def _raw_rows(place: str, split: str | None) -> list[Row]:
     raise UsageError(f"no such data: {place}.{hint} Give {STARTER}, a file ({', '.join(READERS)}) or owner/name.")
 
 
-def _hub_rows(name: str, split: str | None) -> list[Row]:
+def hub_rows(
+    name: str, split: str | None = None, *, config: str | None = None, revision: str | None = None
+) -> list[Row]:
+    """Raw rows of the hub data set `name`, with the place each stands at.
+
+    config, split, revision: as in `datasets.load_dataset`; left out where None. Raises UsageError when a split must be
+    chosen, PostalignError when the set cannot be had (a gated one says where its terms are).
+    """
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError as error:
         raise PostalignError(f"no file {name}, and a hub data set needs one more package: {INSTALL}.") from error
+    place = [name] if config is None else [name, config]
+    chosen = {"split": split} if revision is None else {"split": split, "revision": revision}
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(*place, **chosen)
     except Exception as error:  # the client's errors have no common ancestor
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "gated" in str(error).lower() or re.search(r"\b40[13]\b", reason):
+            raise PostalignError(
+                f"{name} asks for permission: accept its terms at {HUB}/datasets/{name}, "
+                "then log in with `hf auth login` and run the same command again."
+            ) from error
         raise PostalignError(f"could not load the hub data set {name}: {reason}.") from error
     finally:
         if shown:
@@ -171,12 +186,12 @@ def _columns(present: list[str], place: str, asked: dict[str, str | None]) -> di
 
 
 def _value(value: Any, field: str, here: str) -> str | None:
-    """Text, or None for nothing; an id may be a number. Raises UsageError for anything else."""
+    """Text, or None for nothing; an id or a group may be a number. Raises UsageError for anything else."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str):
         return value
-    if field == "id" and isinstance(value, int) and not isinstance(value, bool):
+    if field in ("id", "group") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if field in ("category", "type"):
         return str(value)
