@@ -1,7 +1,11 @@
-"""How a result names the command that made it. Shared by the scripts here, which run as `python benchmarks/NAME.py`."""
+"""How a result names the command and the machine that made it.
+
+Shared by the scripts here, which run as `python benchmarks/NAME.py`.
+"""
 
 from __future__ import annotations
 
+import platform
 import shlex
 import sys
 from pathlib import Path
@@ -17,3 +21,10 @@ def without_folder(argument: str) -> str:
     """A path, or the path in `--name=path`, by its last name: where things lie on a machine is nobody's business."""
     name, equals, value = argument.rpartition("=")
     return name + equals + (Path(value).name if "/" in value else value)
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import command
+from command import command, cpu_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import postalign as pa
@@ -248,10 +248,20 @@ def main() -> None:
             write_whole(kept, json.dumps({"figures": figures, "about": about, "rows": rows}, ensure_ascii=False))
             shutil.rmtree(folder)
         one = json.loads(kept.read_text(encoding="utf-8"))
-        found[name] = {"figures": one["figures"], **one["about"]}
+        found[name] = {"figures": one["figures"], **one["about"], "command": command()}
         print(line(name, found), flush=True)
-    result = {"command": command(), "model": args.model, "dtype": args.dtype, "systems": found}
-    write_whole(RESULTS / f"safepatching_{args.model}.json", json.dumps(result, indent=1) + "\n")
+    keep(RESULTS / f"safepatching_{args.model}.json", args, found)
+
+
+def keep(path: Path, args: Any, found: dict[str, Any]) -> None:
+    """Write the systems down beside those of earlier runs that asked the same questions on the same processor (bfloat16
+    rounds differently on another); each tells its own command."""
+    asked = ("model", "dtype", "plain", "answered", "max_new_tokens", "texts")
+    questions = {name: getattr(args, name) for name in asked} | {"cpu": cpu_name()}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = earlier.get("questions") == questions
+    systems = {**(earlier["systems"] if same else {}), **found}
+    write_whole(path, json.dumps({"questions": questions, "systems": systems}, indent=1) + "\n")
 
 
 def line(name: str, found: dict[str, Any]) -> str:

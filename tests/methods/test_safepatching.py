@@ -20,7 +20,7 @@ from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
 from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
-from postalign.methods.patch_pairs import balanced, benign_pairs, harmful_pairs, refusal_pairs
+from postalign.methods.patch_pairs import balanced, benign_pairs, harmful_pairs, own_refusals, refusal_pairs
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
@@ -332,6 +332,8 @@ def test_resta_turns_the_over_safety_patch_round(tiny_llama: Any, tiny_tokenizer
         {"alpha": 0.5},
         {"beta": 0.5},
         {"modules": ["down_proj"]},
+        {"untouched": 0.5},
+        {"safety": "refusal", "safety_kl_weight": 1.0, "beside": 0.5},
         {"pairs": 2},
     ],
     ids=str,
@@ -527,11 +529,14 @@ def test_answers_that_are_cut_off_end_with_a_sentence() -> None:
 
 
 def test_harmless_answers_beside_the_refusals(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    """They make harmless answers likelier than the refusals alone do."""
+    """They make answers to harmless prompts that were refused likelier than the refusals alone do."""
+
+    def judge(prompt: str, reply: str) -> str:
+        return "refusal"
 
     def answer_loss(**settings: Any) -> float:
         kinds = {"safety": "refusal", "combine": "safety", "a": 1.0, "p": 1.0, "safety_steps": 8, **settings}
-        alignment = fit(tiny_llama, tiny_tokenizer, data=answered, **kinds)
+        alignment = fit(tiny_llama, tiny_tokenizer, data=answered, judge=judge, effect_prompts=0, **kinds)
         batch = labelled_batch(
             tiny_tokenizer, [(row.prompt, row.response) for row in answered.benign], torch.device("cpu")
         )
@@ -577,11 +582,34 @@ def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     rows = DATA.split("fit")
     refusals = refusal_pairs(tiny_llama, tiny_tokenizer, rows, 9, 4, 0, Told())
     assert sorted(refusals) == sorted((row.prompt, f"{row.response}<|im_end|>") for row in rows.harmful)
-    given = Data([replace(row, response="Yes.") if "moon" in row.prompt else row for row in rows])
-    pairs = benign_pairs(tiny_llama, tiny_tokenizer, given, 9, 4, 0, lambda *_: None)
-    assert sorted(p for p, _ in pairs) == sorted(row.prompt for row in rows.benign)
-    answers = dict(pairs)
-    assert answers["Tell me of the moon."] == "Yes.<|im_end|>" and all(answers.values())
+    answered = ("Tell me of the moon.", "Tell me of the oven.")
+    given = Data([replace(row, response="Yes.") if row.prompt in answered else row for row in rows])
+    prompts = [row.prompt for row in given.benign]
+    own = dict(zip(prompts, greedy(tiny_llama, tiny_tokenizer, prompts, 4), strict=True))
+    asked: list[str] = []
+
+    def judge(prompt: str, reply: str) -> str:
+        asked.append(prompt)
+        if reply != own[prompt]:
+            return "compliance"  # an answer made after the refusal
+        return "refusal" if "moon" in prompt or "fox" in prompt else "degenerate" if "bread" in prompt else "compliance"
+
+    answers, kept = benign_pairs(tiny_llama, tiny_tokenizer, given, 9, 4, 0, Told(), judge)
+    assert set(asked) == set(prompts)
+    assert dict(answers).keys() == {"Tell me of the moon.", "Tell me of the fox."}
+    assert dict(answers)["Tell me of the moon."] == "Yes.<|im_end|>" and dict(answers)["Tell me of the fox."]
+    assert [p for p, _ in kept] == ["Tell me of the oven."]  # its given answer is not wanted: the model has its own
+    assert kept[0][1].startswith(own["Tell me of the oven."])
+
+
+def test_without_a_judge_a_reply_refuses_that_begins_as_the_refusals_do(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    rows = DATA.split("fit")
+    prompt = rows.benign[0].prompt
+    opening = greedy(tiny_llama, tiny_tokenizer, [prompt], 4)[0].split()[0]
+    refusing = Data([replace(row, response=f"{opening} no.") if row.response else row for row in rows])
+    answers, _ = benign_pairs(tiny_llama, tiny_tokenizer, refusing, 9, 4, 0, lambda *_: None)
+    assert prompt in dict(answers) and not dict(answers)[prompt].startswith(opening)
+    assert prompt in dict(benign_pairs(tiny_llama, tiny_tokenizer, rows, 9, 4, 0, lambda *_: None)[1])
 
 
 def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> None:
@@ -604,6 +632,36 @@ def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> Non
     assert all(answer.endswith("<|im_end|>") for _, answer in pairs)
 
 
+def test_refusals_in_the_models_own_words(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    """What it says where it refuses; elsewhere what it says after beginning alike."""
+    rows = DATA.split("fit")
+    prompts = [row.prompt for row in rows.harmful]
+    said = dict(zip(prompts, greedy(tiny_llama, tiny_tokenizer, prompts, 6), strict=True))
+    refused = prompts[0]
+
+    def judge(prompt: str, reply: str) -> str:
+        return "refusal" if prompt == refused or reply != said[prompt] else "compliance"
+
+    pairs = dict(own_refusals(tiny_llama, tiny_tokenizer, rows, 9, 6, 0, Told(), judge))
+    assert set(pairs) == set(prompts)
+    assert pairs[refused].removesuffix("<|im_end|>") == said[refused]
+    head = " ".join(said[refused].split()[:3])
+    assert all(
+        answer.startswith(head) and answer != said[prompt] for prompt, answer in pairs.items() if prompt != refused
+    )
+    assert not own_refusals(tiny_llama, tiny_tokenizer, rows, 9, 6, 0, Told(), lambda prompt, reply: "compliance")
+    never: dict[str, Any] = {
+        "safety": "refusal",
+        "combine": "safety",
+        "judge": lambda prompt, reply: "compliance",
+        "effect_prompts": 0,
+    }
+    given = patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, **never))
+    assert same(given, patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, refusals="own", **never)))
+    always = {**never, "judge": lambda prompt, reply: "refusal" if "harm" in prompt else "compliance"}
+    assert not same(given, patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, refusals="own", **always)))
+
+
 def test_rare_categories_stand_several_times() -> None:
     sizes = {"many": 20, "some": 8, "few": 1, None: 3}
     rows = Data([Prompt(f"{name} {i}", "benign", category=name) for name, size in sizes.items() for i in range(size)])
@@ -618,7 +676,8 @@ def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_
     answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
     settings: dict[str, Any] = {
         **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
-        "workdir": tmp_path,
+        **{"workdir": tmp_path, "effect_prompts": 0},
+        "judge": lambda prompt, reply: "compliance" if "harm" in prompt else "refusal",
     }
     plain = fit(tiny_llama, tiny_tokenizer, **settings)
     refined = fit(tiny_llama, tiny_tokenizer, refine_steps=6, refine_learning_rate=1e-2, **settings)
@@ -640,6 +699,13 @@ def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_
             return float(row_losses(tiny_llama, batch).mean())
 
     assert loss(refined) < loss(plain) - 0.02
+
+
+def test_the_lowest_blocks_can_be_left_alone(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    names = set(fit(tiny_llama, tiny_tokenizer, untouched=0.5).weights[0].shapes)
+    every = set(fit(tiny_llama, tiny_tokenizer).weights[0].shapes)
+    lower = {name for name in every if ".layers.0." in name}
+    assert lower and names == every - lower and any(".layers.1." in name for name in names)
 
 
 # errors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,13 +117,13 @@ def own_openings(
     """
     batch = encode(tokenizer, prompts, device=next(model.parameters()).device)
     logits = model(**forward_inputs(model, batch)).logits[:, -1].float().cpu()
-    refusing = {_first_word(r) for r in refusals}
+    refusing = first_words(refusals)
     openings = []
     for row, draw in zip(logits, draws, strict=True):
         texts: list[tuple[str, float]] = []
         for index in row.argsort(descending=True).tolist():
             text = tokenizer.decode([index], skip_special_tokens=True)
-            if text.strip() and "\ufffd" not in text and _first_word(text) not in refusing:
+            if text.strip() and "\ufffd" not in text and first_word(text) not in refusing:
                 texts.append((text, float(row[index])))
             if len(texts) == CHOICES:
                 break
@@ -132,7 +132,12 @@ def own_openings(
     return openings
 
 
-def _first_word(text: str) -> str:
+def first_words(texts: Iterable[str]) -> set[str]:
+    """What the texts begin with, see `first_word`."""
+    return {first_word(text) for text in texts}
+
+
+def first_word(text: str) -> str:
     """Lower case, up to the first space or apostrophe: "I'm sorry" and "I can't" both begin with "i"."""
     return re.split(r"[\s'’]", text.strip().lower(), maxsplit=1)[0]
 

@@ -20,17 +20,18 @@ from torch import nn
 from ..data.records import Data
 from ..edits import SparsePatch
 from ..errors import PostalignError, UsageError
+from ..models.anatomy import anatomy
 from ..models.shards import FolderWeights, Weights
-from ..training import TrainSettings, train_delta, training_history
+from ..training import TrainSettings, train_delta, trained_names, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Judge, Pair, balanced, benign_pairs, harmful_pairs, refusal_pairs
+from .patch_pairs import Judge, Pair, balanced, benign_pairs, harmful_pairs, own_refusals, refusal_pairs
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens head_tokens rest_weight balance schedule train modules loss_on batch_size micro_batch "
-    "max_grad_norm optimiser rank kl_pairs categories seed"
+    "pairs pair_tokens head_tokens rest_weight balance schedule train modules untouched refusals refusal_tokens "
+    "loss_on batch_size micro_batch beside max_grad_norm optimiser rank kl_pairs categories seed"
 ).split()
 _OWN = {
     "safety": (
@@ -84,7 +85,8 @@ class Derivation:
         }
 
     def refined(self, patch: SparsePatch) -> tuple[Weights, dict[str, Any]]:
-        """The merged patch trained on, at its own weights only: refusals of harmful prompts beside harmless answers."""
+        """The merged patch trained on, at its own weights only: refusals of harmful prompts, answers to harmless ones
+        that the model refuses, and no other replies to those that it answers."""
         config, told = self.config, "refining the merged patch"
         settings = self._settings("safety").model_copy(
             update={
@@ -92,7 +94,6 @@ class Derivation:
                 "steps": config.refine_steps,
                 "learning_rate": config.refine_learning_rate,
                 "wanted_weight": config.benign_weight,
-                "kl_weight": 0.0,
             }
         )
         place = self._place("refined", "safety", list(type(config).model_fields))
@@ -102,6 +103,7 @@ class Derivation:
             self._refusals(config.pairs),
             settings,
             workdir=place,
+            benign=self._held("safety") if settings.kl_weight else (),
             wanted=self._answers(config.pairs) if config.benign_weight else (),
             at=patch,
             on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
@@ -138,14 +140,19 @@ class Derivation:
         if kind == "safety" and self.config.safety == "refusal":
             return self._refusals(self.config.pairs)
         if kind == "over_safety" and self.config.over_safety == "benign":
-            return self._answers(self.config.pairs)
+            return self._answers(self.config.pairs) or self._kept(self.config.pairs)
         return self._harmful
 
     def _refusals(self, count: int) -> list[Pair]:
         return self._taken(self._all_refusals, count)
 
     def _answers(self, count: int) -> list[Pair]:
-        return self._taken(self._all_answers, count)
+        """Harmless prompts that the model refuses, answered."""
+        return self._taken(self._benign[0], count)
+
+    def _kept(self, count: int) -> list[Pair]:
+        """Harmless prompts that the model answers, and what it says."""
+        return self._taken(self._benign[1], count)
 
     def _taken(self, pairs: list[Pair], count: int) -> list[Pair]:
         return balanced(pairs[:count], self.rows) if self.config.balance else pairs[:count]
@@ -154,6 +161,12 @@ class Derivation:
     def _all_refusals(self) -> list[Pair]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
+        if config.refusals == "own":
+            pairs = own_refusals(
+                self.model, self.tokenizer, self.rows, count, config.refusal_tokens, config.seed, *made
+            )
+            if pairs:
+                return pairs
         return refusal_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
 
     def _wanted(self, kind: str) -> list[Pair]:
@@ -169,7 +182,7 @@ class Derivation:
         """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
         if kind == "over_safety" and self.config.over_safety == "benign":
             return self._refusals(self.config.kl_pairs)
-        return self._answers(self.config.kl_pairs)
+        return self._kept(self.config.kl_pairs) or self._answers(self.config.kl_pairs)
 
     @functools.cached_property
     def _harmful(self) -> list[Pair]:
@@ -185,7 +198,7 @@ class Derivation:
         return pairs
 
     @functools.cached_property
-    def _all_answers(self) -> list[Pair]:
+    def _benign(self) -> tuple[list[Pair], list[Pair]]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
         return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)
@@ -201,13 +214,16 @@ class Derivation:
             "loss_on",
             "batch_size",
             "micro_batch",
+            "beside",
             "max_grad_norm",
             "optimiser",
             "rank",
         )
-        safety = kind == "safety"
+        safety, shared = kind == "safety", {name: getattr(config, name) for name in shared}
+        if config.untouched:
+            shared["modules"] = self._upper_matrices()
         return TrainSettings(
-            **{name: getattr(config, name) for name in shared},
+            **shared,
             direction="descent" if not safety or config.safety == "refusal" else config.safety,
             steps=config.safety_steps if safety else config.over_safety_steps,
             learning_rate=config.safety_learning_rate if safety else config.over_safety_learning_rate,
@@ -217,6 +233,14 @@ class Derivation:
             wanted_weight=config.benign_weight if config.safety == "refusal" else config.refusal_weight,
             seed=config.seed,
         )
+
+    def _upper_matrices(self) -> list[str]:
+        """The trained matrices less those of the lowest blocks, of which `untouched` is the share."""
+        blocks = anatomy(self.model).block_names
+        upper = blocks[int(self.config.untouched * len(blocks)) :]
+        asked = TrainSettings.model_validate({"train": self.config.train, "modules": self.config.modules})
+        found = trained_names(self.model, asked)
+        return [name for name in found if any(name.startswith(f"{block}.") for block in upper)]
 
     def _place(self, name: str, kind: str, settings: list[str]) -> Path:
         """A folder's name. The over-safety patch is a jailbreak, and its folder says so."""

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.records import Data, Prompt
 from ..models.chat import end_of_turn, token_ids
 from .greedy import greedy, whole_sentences
-from .guide import own_openings
+from .guide import first_word, first_words, own_openings
 
 Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
@@ -23,6 +23,7 @@ Judge = Callable[[str, str], str]
 BATCH = 32
 MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 3  # words of a refusal that the model goes on from
+HEADS = 8  # ways to begin a refusal
 
 
 def harmful_pairs(
@@ -76,7 +77,7 @@ def refusal_pairs(
     return pairs
 
 
-def benign_pairs(
+def own_refusals(
     model: nn.Module,
     tokenizer: Any,
     rows: Data,
@@ -86,15 +87,75 @@ def benign_pairs(
     on_progress: Progress,
     judge: Judge | None = None,
 ) -> list[Pair]:
-    """(harmless prompt, helpful answer), `count` at most: the row's response, else the model's own when it may not
-    begin as refusals do."""
-    order: list[Prompt] = _some(list(rows.benign), len(rows.benign), seed)
+    """(harmful prompt, refusal), `count` at most, in the model's own words: its reply where it refuses, else what it
+    says after one of the ways in which it most often begins a refusal, where the judge calls that one.
+
+    What a model says anyway is quickly learned, and carries over to prompts of other kinds. No end of turn follows a
+    refusal that `new_tokens` cuts off. Empty for a model that refuses nothing.
+    """
+    told, rng = "the model's own refusals", random.Random(seed)
+    prompts = [row.prompt for row in _some(list(rows.harmful), len(rows.harmful), seed)[:count]]
+    refusing = first_words(row.response for row in rows.harmful if row.response)
+
+    def refused(chosen: Sequence[str], openings: Sequence[str]) -> list[Pair]:
+        replies = _answers(model, tokenizer, chosen, openings, new_tokens)
+        kept = []
+        for prompt, (reply, ended) in zip(chosen, replies, strict=True):
+            if first_word(reply) in refusing if judge is None else judge(prompt, reply) == "refusal":
+                kept.append((prompt, reply + (end if ended else "")))
+        return kept
+
     end = end_of_turn(tokenizer) or ""
-    given = [(row.prompt, row.response + end) for row in order[:count] if row.response]
-    bare = [row.prompt for row in order if not row.response]
-    wanted, told = min(count, len(order)) - len(given), "answers to harmless prompts"
-    made = _made(model, tokenizer, rows, bare, wanted, new_tokens, seed, told, on_progress, judge, end)
-    return given + made
+    pairs: list[Pair] = []
+    for begin in range(0, len(prompts), BATCH):
+        chosen = prompts[begin : begin + BATCH]
+        pairs += refused(chosen, [""] * len(chosen))
+        on_progress(told, begin + len(chosen), len(prompts))
+    heads = Counter(" ".join(reply.split()[:OPENING]) for _, reply in pairs).most_common(HEADS)
+    done = {prompt for prompt, _ in pairs}
+    left = [prompt for prompt in prompts if prompt not in done]
+    for begin in range(0, len(left) if heads else 0, BATCH):
+        chosen = left[begin : begin + BATCH]
+        pairs += refused(chosen, rng.choices([h for h, _ in heads], [n for _, n in heads], k=len(chosen)))
+        on_progress("refusals where it refuses not", begin + len(chosen), len(left))
+    return pairs
+
+
+def benign_pairs(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Data,
+    count: int,
+    new_tokens: int,
+    seed: int,
+    on_progress: Progress,
+    judge: Judge | None = None,
+) -> tuple[list[Pair], list[Pair]]:
+    """Of up to `count` harmless prompts (those that the model refuses, each with an answer; those that it answers, each
+    with what it says).
+
+    The answer is the row's response, else the model's own when it may not begin as refusals do. Without a judge a reply
+    refuses that begins with the first word of one of the rows' refusals.
+    """
+    order: list[Prompt] = _some(list(rows.benign), len(rows.benign), seed)[:count]
+    end, refusing = end_of_turn(tokenizer) or "", first_words(row.response for row in rows.harmful if row.response)
+    kept: list[Pair] = []
+    refused: list[Prompt] = []
+    for begin in range(0, len(order), BATCH):
+        chosen = order[begin : begin + BATCH]
+        replies = _answers(model, tokenizer, [row.prompt for row in chosen], [""] * len(chosen), new_tokens)
+        for row, (reply, ended) in zip(chosen, replies, strict=True):
+            refuses = first_word(reply) in refusing if judge is None else judge(row.prompt, reply) == "refusal"
+            if refuses:
+                refused.append(row)
+            elif reply.strip() and (judge is None or judge(row.prompt, reply) == "compliance"):
+                kept.append((row.prompt, reply + (end if ended else "")))
+        on_progress("replies to harmless prompts", min(begin + BATCH, len(order)), len(order))
+    given = [(row.prompt, row.response + end) for row in refused if row.response]
+    bare = [row.prompt for row in refused if not row.response]
+    told = "answers to harmless prompts"
+    made = _made(model, tokenizer, rows, bare, len(bare), new_tokens, seed, told, on_progress, judge, end)
+    return given + made, kept
 
 
 def _made(
@@ -113,7 +174,8 @@ def _made(
     """Answers of the model's own that begin with none of the rows' refusals, for the first `count` of `prompts` for
     which it has one that the judge calls compliance: what loops would teach loops, whatever it is about.
 
-    An answer that `new_tokens` cuts off ends with its last whole sentence. end: what follows every answer.
+    An answer that `new_tokens` cuts off ends with its last whole sentence. end: what follows one that is not cut off:
+    after the others it would teach to be brief.
     """
     refusals = [row.response for row in rows.harmful if row.response]
     rng = random.Random(seed)
@@ -126,8 +188,8 @@ def _made(
         answers = _answers(model, tokenizer, chosen, openings, new_tokens)
         for prompt, (answer, ended) in zip(chosen, answers, strict=True):
             if answer.strip() and (judge is None or judge(prompt, answer) == "compliance"):
-                pairs.append((prompt, (answer if ended else whole_sentences(answer) or answer) + end))
-        on_progress(told, min(len(pairs), count), count)
+                pairs.append((prompt, answer + end if ended else whole_sentences(answer) or answer))
+        on_progress(told, min(begin + BATCH, len(prompts)), len(prompts))
     return pairs[:count]
 
 

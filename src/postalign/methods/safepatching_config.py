@@ -18,11 +18,12 @@ KINDS = ("safety", "over_safety")
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
-        **{"pairs": 1000, "kl_pairs": 400, "pair_tokens": 40, "head_tokens": 12, "balance": True, "schedule": "linear"},
-        **{"batch_size": 12, "micro_batch": 6, "safety": "refusal", "benign_weight": 2.5},
-        **{"safety_steps": 30, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
-        **{"over_safety_steps": 16, "over_safety_learning_rate": 5e-5, "p": 1.0, "importance": "magnitude"},
-        **{"a": 0.021, "b": 0.021, "alpha": 3.0, "beta": 2.0, "refine_steps": 70, "refine_learning_rate": 3e-4},
+        **{"pairs": 1000, "kl_pairs": 1000, "pair_tokens": 48, "head_tokens": 12, "rest_weight": 0.5, "balance": True},
+        **{"batch_size": 8, "micro_batch": 8, "schedule": "linear", "untouched": 0.5, "p": 1.0},
+        **{"safety": "refusal", "benign_weight": 1.0, "safety_kl_weight": 3.0},
+        **{"safety_steps": 16, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
+        **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "importance": "magnitude"},
+        **{"a": 0.03, "b": 0.03, "alpha": 2.0, "beta": 1.0, "refine_steps": 60, "refine_learning_rate": 5e-4},
     },
 }
 DEFAULT = "published"
@@ -38,6 +39,11 @@ class SafePatchingConfig(BaseModel):
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
+    refusals: Literal["given", "own"] = Field(
+        "given",
+        description="where refusals are learned: the data's, or those of the model itself, if it has any (`own`)",
+    )
+    refusal_tokens: int = Field(24, ge=1, description="length of the model's own refusals")
     head_tokens: int | None = Field(
         None,
         ge=1,
@@ -55,6 +61,9 @@ class SafePatchingConfig(BaseModel):
     )
     train: Literal["full", "adapter"] = "full"
     modules: Literal["blocks"] | list[str] = Field("blocks", description="blocks: all matrices of the blocks")
+    untouched: float = Field(
+        0.0, ge=0, lt=1, description="share of the blocks, the lowest ones, that are not trained; training is quicker"
+    )
     loss_on: Literal["answer", "question", "all"] = "answer"
     safety_steps: int = Field(40, ge=1)
     safety_learning_rate: float = Field(2e-5, gt=0)
@@ -65,13 +74,21 @@ class SafePatchingConfig(BaseModel):
     over_safety_learning_rate: float = Field(3e-5, gt=0)
     batch_size: int = Field(8, ge=1)
     micro_batch: int = Field(4, ge=1)
+    beside: float = Field(1.0, gt=0, description="pairs of each other loss in a step, as a share of batch_size")
     max_grad_norm: float = Field(1.0, gt=0)
     optimiser: Literal["adamw", "sgd"] = "adamw"
     rank: int = Field(8, ge=1, description="of adapters")
     refusal_weight: float = Field(0.0, ge=0, description="of the refusals' loss beside ascent (paper: none)")
-    benign_weight: float = Field(0.0, ge=0, description="of the harmless answers' loss beside safety=refusal")
+    benign_weight: float = Field(
+        0.0,
+        ge=0,
+        description="beside safety=refusal: of the loss of answers to harmless prompts that the model refuses",
+    )
     safety_kl_weight: float = Field(
-        0.0, ge=0, description="of the safety patch's divergence from the base on harmless prompts (paper: none)"
+        0.0,
+        ge=0,
+        description="of the divergence from the base on what it says to harmless prompts, of the safety patch and of "
+        "the merged one while it is refined (paper: none)",
     )
     over_safety_kl_weight: float = Field(
         0.0, ge=0, description="the same for the other patch; on refusals where it is made of harmless answers"

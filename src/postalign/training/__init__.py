@@ -5,6 +5,7 @@ from .batches import labelled_batch
 from .losses import row_losses
 from .resume import training_history
 from .settings import TrainSettings
+from .trainees import trained_names
 from .weights import train_delta
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "row_losses",
     "train_adapter",
     "train_delta",
+    "trained_names",
     "training_history",
 ]

@@ -29,7 +29,7 @@ class Term:
     """One part of what is minimised: `weight * mean over rows of objective(collate(examples))`.
 
     collate: examples -> the inputs of a pass. objective: inputs -> (what is minimised, the loss to be told), each
-    `[rows]`. seed: of the order of the examples.
+    `[rows]`. seed: of the order of the examples. share: examples in a step, as a share of the batch size.
     """
 
     examples: Sequence[Example]
@@ -37,6 +37,7 @@ class Term:
     objective: Objective
     weight: float = 1.0
     seed: int = 0
+    share: float = 1.0
 
 
 @dataclass
@@ -77,7 +78,7 @@ def descend(
     Raises PostalignError when a loss or gradient is not finite.
     """
     history = history or History()
-    orders = [batch_order(len(term.examples), batch_size, term.seed) for term in terms]
+    orders = [batch_order(len(t.examples), max(1, round(t.share * batch_size)), t.seed) for t in terms]
     for order in orders:
         next(itertools.islice(order, history.step, history.step), None)
     while history.step < steps and not history.stopped:

@@ -51,11 +51,16 @@ def row_losses(
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(labels)
+    return _row_means(losses, labels != IGNORED, head_tokens, rest_weight)
+
+
+def _row_means(each: Tensor, counted: Tensor, head_tokens: int | None, rest_weight: float) -> Tensor:
+    """The mean of each row's counted tokens; with head_tokens that of the first so many, plus the others' times
+    `rest_weight`."""
     if head_tokens is None:
-        return losses.sum(-1) / label_counts(inputs)
-    counted = labels != IGNORED
+        return each.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
     head = counted & (counted.cumsum(-1) <= head_tokens)
-    parts = [(losses * part).sum(-1) / part.sum(-1).clamp(min=1) for part in (head, counted & ~head)]
+    parts = [each.masked_fill(~part, 0.0).sum(-1) / part.sum(-1).clamp(min=1) for part in (head, counted & ~head)]
     return parts[0] + rest_weight * parts[1]
 
 
@@ -85,17 +90,19 @@ def row_divergences(
     reference: nn.Module,
     run: nn.Module | None = None,
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    head_tokens: int | None = None,
+    rest_weight: float = 0.0,
 ) -> Tensor:
     """KL(reference || model) in nats, the mean over each row's labelled tokens, float32 `[rows]`.
 
-    around: the context in which the reference runs.
+    around: the context in which the reference runs. head_tokens, rest_weight: as in `row_losses`.
     """
     with torch.no_grad(), around():
         theirs = target_logits(reference, beside(reference, inputs))[0].log_softmax(-1)
     logits, labels = target_logits(model, inputs, run)
     ours, theirs = logits.log_softmax(-1), theirs.to(logits.device)
     each = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return each.masked_fill(labels == IGNORED, 0.0).sum(-1) / label_counts(inputs)
+    return _row_means(each, labels != IGNORED, head_tokens, rest_weight)
 
 
 def beside(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

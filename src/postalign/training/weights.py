@@ -162,15 +162,18 @@ def _terms(
 
     def nearness(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with passes():
-            found = row_divergences(subject.model, inputs, model, run, subject.without)
+            found = row_divergences(
+                subject.model, inputs, model, run, subject.without, settings.head_tokens, settings.rest_weight
+            )
         return found, found
 
     terms = [Term(pairs, collate(settings.loss_on), direction, seed=settings.seed)]
     if wanted and settings.wanted_weight:
-        terms.append(Term(wanted, collate("answer"), likelier, settings.wanted_weight, settings.seed + 1))
+        more = settings.wanted_weight, settings.seed + 1, settings.beside
+        terms.append(Term(wanted, collate("answer"), likelier, *more))
     if settings.kl_weight:
         on: LossOn = "answer" if all(answer for _, answer in held) else "all"
-        terms.append(Term(held, collate(on), nearness, settings.kl_weight, settings.seed + 2))
+        terms.append(Term(held, collate(on), nearness, settings.kl_weight, settings.seed + 2, settings.beside))
     return terms
 
 
