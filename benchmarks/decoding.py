@@ -16,7 +16,9 @@ import copy
 import json
 import platform
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from command import command
+from command import command, cpu_name
 from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import postalign as pa
@@ -36,6 +38,7 @@ from postalign.edits import AdapterGuide, CheckpointGuide, Guidance, LowRankPatc
 from postalign.files import write_whole
 from postalign.models.chat import encode
 
+LEFT_OUT = ("engine, no alignment", "two passes, one token at a time", "adapter guide, upper third, behind the gate")
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], list[list[int]]]
 
@@ -209,10 +212,33 @@ def queue(model: Any, tokenizer: Any, alignment: Any, count: int, size: int) -> 
     return {**{name: round(value, 1) for name, value in speeds.items()}, "share": speeds["mixed"] / speeds["equal"]}
 
 
-def cpu_name() -> str:
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+def memory(args: Any) -> dict[str, Any]:
+    """Peak memory at batch 8 beyond the caches, each system in a process of its own: MB, and over that of generate."""
+    found: dict[str, Any] = {}
+    for name in ("generate", "adapter guide"):
+        words = [*sys.argv[1:], "--memory-of", name]
+        told = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True).stdout
+        found[name] = json.loads(told.splitlines()[-1])
+    found["ratio"] = round(found["adapter guide"]["MB"] / found["generate"]["MB"], 3)
+    return found
+
+
+def memory_of(name: str, args: Any, model: Any, tokenizer: Any, whole: pa.Alignment) -> dict[str, float]:
+    plain, _ = prompts_for(8)
+    batch = encode(tokenizer, plain)
+    rows, columns = len(plain), batch.input_ids.shape[1] + args.tokens
+    assert whole.guidance is not None
+    if name == "generate":
+        run = generate_run(model, tokenizer, plain, args.tokens)
+    else:
+        exact = pa.Alignment("bench", [Guidance(whole.guidance.guide, whole.guidance.lam)])
+        run, rows = engine_run(model, tokenizer, plain, exact, args.tokens, False), 2 * rows
+    run()
+    config = model.config
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows * columns
+    cache *= next(model.parameters()).element_size()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"MB": round((peak - cache) / 1e6, 1), "caches_MB": round(cache / 1e6, 1)}
 
 
 def main() -> None:
@@ -224,21 +250,28 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--few-from", type=int, default=32, help="from this batch on leave out the less asked for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--queue", type=int, default=0, help="prompts of the queue; 0: no queue")
     parser.add_argument("--queue-rows", type=int, default=16)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
+    parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     parser.add_argument("--systems", default="", help="only these, separated by semicolons")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = pa.load_model(args.model, dtype=args.dtype)
     whole = parts(args.alignment, model, tokenizer, args.out / "alignment")
     assert isinstance(whole.guidance and whole.guidance.guide, AdapterGuide), "an alignment with an adapter guide"
+    if args.memory_of:
+        print(json.dumps(memory_of(args.memory_of, args, model, tokenizer, whole)))
+        return
     other = merged(model, whole.guidance.guide.patch)
     table: dict[str, Any] = {}
     for batch in map(int, args.batches.split(",")):
         rows: dict[str, Any] = {}
         for group in systems_for(batch, args, model, tokenizer, whole, other).values():
             names = [n for n in group if not args.systems or n.startswith("generate") or n in args.systems.split(";")]
+            names = [n for n in names if batch < args.few_from or n not in LEFT_OUT]
             if len(names) > 1:
                 rows |= measure({name: group[name] for name in names}, args.repeats)
         reference = rows.get("two passes, one token at a time", {}).get("ids")
@@ -266,6 +299,9 @@ def main() -> None:
             name: queue(model, tokenizer, one, args.queue, args.queue_rows) for name, one in rows.items()
         }
         print(json.dumps(result["queue"]), flush=True)
+    if args.memory:
+        result["memory"] = memory(args)
+        print(json.dumps(result["memory"]), flush=True)
     if not args.systems:
         write_whole(RESULTS / "decoding.json", json.dumps(result, indent=1) + "\n")
 

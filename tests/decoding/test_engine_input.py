@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from postalign.alignment import Alignment
-from postalign.decoding import generate
+from postalign.decoding import generate, generate_replies
 from postalign.decoding.engine import Stream
 from postalign.decoding.guides import guide_inputs
 from postalign.edits import CheckpointGuide, Guidance, PromptGuide, VectorGuide
 from postalign.errors import PostalignError, UsageError
-from postalign.models.chat import Batch
+from postalign.models.chat import Batch, encode
 from tests.decoding.tools import Ear, assert_one_line, hooks, parts
 from tests.decoding.twin import PROMPTS, one_probe, prompt_ids, push, vector
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 
 def test_system_and_messages(tiny_llama: Any, tiny_tokenizer: Any) -> None:
@@ -33,6 +33,20 @@ def test_a_prompt_guide_replaces_the_system_message(tiny_llama: Any, tiny_tokeni
     chat = [{"role": "system", "content": "You are a cat."}, {"role": "user", "content": "Hi"}]
     seen = guide_inputs(guide, tiny_tokenizer, [chat, "Hi"], torch.device("cpu")).input_ids.tolist()
     assert seen == [prompt_ids(tiny_tokenizer, "Hi", "You are a dog.")] * 2
+
+
+def test_a_reply_that_is_begun_goes_on_from_there(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, here is", "prefix": True}]
+    ids = encode(tiny_tokenizer, ["Hi"], answers=["Sure, here is"]).input_ids
+    said: list[int] = []
+    for _ in range(6):
+        said.append(int(tiny_llama(input_ids=torch.cat([ids, torch.tensor([said]).long()], 1)).logits[0, -1].argmax()))
+    replies = generate_replies(tiny_llama, tiny_tokenizer, ["Hi", chat, SENTENCES[0]], max_new_tokens=6)
+    assert replies[1].token_ids == said[: len(replies[1].token_ids)] and len(replies[1].token_ids) > 1
+    (alone,) = generate_replies(
+        tiny_llama, tiny_tokenizer, [chat], alignment=Alignment("t", [push()]), max_new_tokens=6
+    )
+    assert alone.token_ids != replies[1].token_ids, "an alignment acts behind a begun reply too"
 
 
 # bad input

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from postalign.alignment import Alignment
-from postalign.decoding import generate_replies, next_token_log_probs
+from postalign.decoding import forced, forced_reply, generate_replies, next_token_log_probs
 from postalign.decoding.engine import Stream
 from postalign.decoding.forced import RAW_PROMPT_TOKENS
 from postalign.decoding.guides import guide_inputs
@@ -78,6 +78,35 @@ def test_other_architectures(kind: str, tiny_tokenizer: Any) -> None:
     ):
         engine = steps_of(model, tiny_tokenizer, alignment, prompt, reply)
         torch.testing.assert_close(scores, engine, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_batch_equals_single_rows(guide: str, kind: str, tiny_tokenizer: Any) -> None:
+    """Prompts and answers of several lengths, padded on the left; the gate opens for some."""
+    model = tiny_model(kind)
+    other = tiny_model(kind, seed=7)
+    guidance = replace(guidance_of(guide, model, other=other), tokens=3)
+    alignment = Alignment("test", [push(), guidance], splitting_gate(model, tiny_tokenizer, PROMPTS))
+    answers = [[30 + i, 40, 50, 60, 70][: 1 + i] for i in range(len(PROMPTS))]
+    single = [forced_reply(model, tiny_tokenizer, p, a, alignment) for p, a in zip(PROMPTS, answers, strict=True)]
+    heads = [encode(tiny_tokenizer, [prompt]).input_ids[0] for prompt in PROMPTS]
+    views = None
+    if isinstance(guidance.guide, PromptGuide):
+        views = [guide_inputs(guidance.guide, tiny_tokenizer, [p], torch.device("cpu")).input_ids[0] for p in PROMPTS]
+    tails = [torch.tensor(answer) for answer in answers]
+    batch = forced(model, heads, tails, alignment, guide=getattr(guidance.guide, "model", None), guide_heads=views)
+    assert {one.strength for one in single} == {0.0, 1.0}
+    for one, row, answer in zip(single, batch, answers, strict=True):
+        assert (row.strength, row.guided, row.ids.tolist()) == (one.strength, one.guided, answer)
+        assert one.guided == (min(3, len(answer)) if one.strength else 0)
+        assert row.score == pytest.approx(one.score, abs=1e-4)
+        torch.testing.assert_close(row.own, one.own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(row.mixed, one.mixed, rtol=1e-4, atol=1e-4)
+        assert (row.guide is None) == (one.guide is None) == (one.strength == 0)
+        if row.guide is not None and one.guide is not None:
+            torch.testing.assert_close(row.guide, one.guide, rtol=1e-4, atol=1e-4)
+    assert hooks(model) == 0
 
 
 def perplexity(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:

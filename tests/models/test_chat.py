@@ -82,6 +82,28 @@ def test_plain_form() -> None:
     assert render(tokenizer, "a", answer="b", finished=False) == "Question: a\n\nAnswer: b"
 
 
+def test_a_reply_that_is_begun_is_left_open(tokenizer: Any) -> None:
+    begun = {"role": "assistant", "content": "Sure, here", "prefix": True}
+    chat = [{"role": "user", "content": SAY}, begun]
+    assert render(tokenizer, chat) == render(tokenizer, SAY, answer="Sure, here", finished=False)
+    assert render(tokenizer, chat, "Be kind.") == render(tokenizer, SAY, "Be kind.", "Sure, here", finished=False)
+    for finished in (True, False):
+        whole = render(tokenizer, SAY, answer="Sure, here is", finished=finished)
+        assert render(tokenizer, chat, answer=" is", finished=finished) == whole
+    (ids,), (same,) = (
+        encode(tokenizer, [chat]).input_ids.tolist(),
+        encode(tokenizer, [SAY], answers=["Sure, here"]).input_ids.tolist(),
+    )
+    assert ids == same
+    assert chat[1] is begun and begun["content"] == "Sure, here", "the caller's chat is left alone"
+    ended = [
+        {"role": "user", "content": SAY},
+        {"role": "assistant", "content": "Sure"},
+        {"role": "user", "content": "a"},
+    ]
+    assert "Sure" in render(tokenizer, ended), "an answer in the middle is an answer"
+
+
 @pytest.mark.parametrize("name", ["gemma", "deaf"])
 def test_system_that_the_template_will_not_take_heads_the_user_message(name: str) -> None:
     text = render(tiny_tokenizer(TEMPLATES[name]), "hi", system="Be brief.")

@@ -35,8 +35,8 @@ class RowLayer(DynamicLayer):
             if old is not None:
                 for new, had in zip(self.stored, old, strict=True):
                     new[..., :begin, :] = had[..., :begin, :]
-        for stored, states in zip(self.stored, (key_states, value_states), strict=True):
-            stored[..., begin:end, :] = states
+        keys, values = self.stored
+        keys[:, :, begin:end], values[:, :, begin:end] = key_states, value_states
         self._show(end)
         return self.keys, self.values  # type: ignore[return-value]
 
@@ -90,7 +90,7 @@ class RowLayer(DynamicLayer):
     def _show(self, length: int) -> None:
         assert self.stored is not None
         self.length = length
-        self.keys, self.values = (stored[..., :length, :] for stored in self.stored)
+        self.keys, self.values = self.stored[0][:, :, :length], self.stored[1][:, :, :length]
 
 
 def _roomy(states: Tensor, columns: int) -> Tensor:

@@ -27,22 +27,6 @@ from .sampling import Sampler, StopText
 from .speculative import Speculation
 from .stream import Stream
 
-Prompts = Sequence[str | Messages]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One reply. gate: the strength its row was given (None without an alignment); finish: `stop` or `length`.
-
-    seconds: its share of the time of the batches that it was in.
-    """
-
-    text: str
-    token_ids: list[int]
-    gate: float | None
-    finish: str
-    seconds: float
-
 
 @dataclass(eq=False)
 class Request:
@@ -53,6 +37,8 @@ class Request:
     max_new_tokens: int
     place: int  # of its random stream
     on_token: Callable[[int], None] | None = None
+    prefill: str = ""
+    prefill_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     gate: float | None = None
     seconds: float = 0.0
@@ -119,17 +105,24 @@ class Engine:
         system: str | None = None,
         max_new_tokens: int = 128,
         number: int = 0,
+        prefill: str = "",
         on_token: Callable[[int], None] | None = None,
     ) -> Request:
-        """Line up a prompt. number: which random stream it samples from. Raises UsageError for one that is too long."""
-        batch = encode(self.tokenizer, [prompt], system=system, device=self.device)
+        """Line up a prompt. number: which random stream it samples from. Raises UsageError for one that is too long.
+
+        prefill: how the reply begins; the model goes on from there, and edits and gates take it for the prompt's end.
+        """
+        given = [prefill] if prefill else None
+        batch = encode(self.tokenizer, [prompt], system=system, answers=given, device=self.device)
         check_length(self.model, batch, max_new_tokens, numbers=[number + 1])
-        theirs = None
+        ids = batch.input_ids[0].tolist()
+        begun, theirs = ids[batch.prompt_lengths[0] :], None
         if self.prompt_guide is not None:
             other = guide_inputs(self.prompt_guide, self.tokenizer, [prompt], self.device)
-            check_length(self.model, other, max_new_tokens, numbers=[number + 1])
-            theirs = other.input_ids[0].tolist()
-        request = Request(batch.input_ids[0].tolist(), theirs, max_new_tokens, self.sampler.add(number), on_token)
+            check_length(self.model, other, max_new_tokens + len(begun), numbers=[number + 1])
+            theirs = other.input_ids[0].tolist() + begun
+        place = self.sampler.add(number)
+        request = Request(ids, theirs, max_new_tokens, place, on_token, prefill, begun)
         request.done = max_new_tokens <= 0
         self.waiting.append(request)
         return request
@@ -239,77 +232,4 @@ class Engine:
         self.stream = Stream(self.model, self.alignment, self.guide)
 
 
-def generate_replies(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Prompts,
-    *,
-    alignment: Alignment | None = None,
-    system: str | None = None,
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    first_row: int = 0,
-    stop: Sequence[str] = (),
-    streamer: Any = None,
-    batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Reply]:
-    """`generate`, with what is known of each reply. Raises UsageError for prompts longer than the context."""
-    if isinstance(prompts, str):
-        raise UsageError("prompts must be a list: put the one prompt in brackets.")
-    if not len(prompts):
-        raise UsageError("there are no prompts: give one or more.")
-    if streamer is not None and len(prompts) != 1:
-        raise UsageError("a streamer shows one reply: give one prompt, or leave the streamer out.")
-    stop = [word for word in ([stop] if isinstance(stop, str) else stop) if word]
-    sampler = Sampler(do_sample, temperature, top_p, top_k, seed)
-    told = (lambda token: streamer.put(torch.tensor([token]))) if streamer is not None else None
-    with Engine(model, tokenizer, alignment, batch_size=batch_size, sampler=sampler, stop=stop) as engine:
-        requests = [
-            engine.submit(prompt, system=system, max_new_tokens=max_new_tokens, number=first_row + i, on_token=told)
-            for i, prompt in enumerate(prompts)
-        ]
-        # like lengths together: less padding
-        engine.waiting = deque(sorted(engine.waiting, key=lambda request: -len(request.ids)))
-        if streamer is not None:
-            streamer.put(torch.tensor([requests[0].ids]))
-        done = 0
-        while engine.step():
-            now = sum(request.done for request in requests)
-            if on_progress is not None and now > done:
-                on_progress(now)
-            done = now
-        if streamer is not None:
-            streamer.end()
-        return [_reply(tokenizer, request, engine.eos, stop) for request in requests]
-
-
-def generate(model: nn.Module, tokenizer: Any, prompts: Prompts, **settings: Any) -> list[str]:
-    """Replies of `model` to `prompts` under an alignment, in the prompts' order.
-
-    prompts: strings or chat message lists; each is put into the model's own template. alignment: None for the model as
-    it is. Names and defaults otherwise as in transformers: system, max_new_tokens=128, do_sample, temperature, top_p,
-    top_k, seed, stop (texts that end a reply, cut from it), streamer (one prompt), batch_size (None: what memory
-    allows), on_progress(done). Greedy unless do_sample; row i samples from a generator of its own, made from
-    (seed, first_row + i): the batch does not matter. first_row: what stands before these prompts, where they are a part
-    of more.
-    """
-    return [reply.text for reply in generate_replies(model, tokenizer, prompts, **settings)]
-
-
-def _reply(tokenizer: Any, request: Request, eos: set[int], stop: Sequence[str]) -> Reply:
-    tokens = request.token_ids
-    ended = bool(tokens) and tokens[-1] in eos
-    body = tokens[:-1] if ended else tokens
-    text = tokenizer.decode(body, skip_special_tokens=True)
-    cuts = [text.find(word) for word in stop if word in text]
-    if cuts:
-        text, ended = text[: min(cuts)], True
-    return Reply(text, tokens, request.gate, "stop" if ended else "length", request.seconds)
-
-
-__all__ = ["Engine", "Reply", "Request", "Stream", "decode", "generate", "generate_replies"]
+__all__ = ["Engine", "Request", "Stream", "decode"]

@@ -19,20 +19,22 @@ from .stream import Stream
 
 MOST = 8  # tokens drafted at once
 LASTING = 0.9  # of what earlier rounds said of how often a draft stands
-EXTRA = 0.05  # what a further token costs in the guide's pass, of a pass
+SECOND = 0.4  # what a second token costs in the guide's pass, of a pass (benchmarks/products.py)
+EXTRA = 0.05  # what each further one costs
 
 
 class Speculation:
     """Drafts as many tokens as pay, by how often drafts have stood lately: a single one where they mostly fall."""
 
     def __init__(self) -> None:
-        self.stood, self.judged = 8.0, 10.0
+        self.stood, self.judged = 1.0, 2.0  # a coin, until more is known
 
     @property
     def drafts(self) -> int:
         """The number that gives the most tokens for the time of that many passes and one of the guide."""
         p = min(self.stood / self.judged, 0.999)
-        speeds = {k: (1 - p**k) / (1 - p) / (k + 1 + EXTRA * (k - 1)) for k in range(1, MOST + 1)}
+        guide = {k: 1 + (SECOND + EXTRA * (k - 2) if k > 1 else 0) for k in range(1, MOST + 1)}
+        speeds = {k: (1 - p**k) / (1 - p) / (k + passes) for k, passes in guide.items()}
         return max(speeds, key=lambda k: speeds[k])
 
     @staticmethod

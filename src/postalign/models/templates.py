@@ -48,18 +48,21 @@ def render(
 ) -> str:
     """The text the model reads: the chat in its template up to where the reply starts, then the answer.
 
+    A last message of the assistant with `"prefix": True` is the beginning of the reply: the text ends with it, open.
     finished: an answer is followed by the end of its turn; False leaves it open, to be continued.
     A template that refuses or drops the system message gets its text at the head of the first user message.
     Raises UsageError when the template refuses the chat.
     """
     messages = to_messages(prompt, system)
+    begun = messages.pop()["content"] if len(messages) > 1 and messages[-1].get("prefix") else ""
     opened = fill_template(tokenizer, messages)
-    if answer is None:
+    if answer is None and not begun:
         return opened
+    reply = begun + (answer or "")
     before, after = _around_answer(tokenizer, messages, opened)
-    if before.isspace() and answer[:1].isspace():
+    if before.isspace() and reply[:1].isspace():
         before = ""
-    return opened + before + answer + (after if finished else "")
+    return opened + before + reply + (after if finished and answer is not None else "")
 
 
 def end_of_turn(tokenizer: Any) -> str | None:
