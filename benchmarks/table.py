@@ -26,7 +26,8 @@ ROWS = [
 
 def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    found = {(r["suite"], r["label"], r["metric"], r["system"]): r for r in result["summary"]}
+    # of several judges, the first
+    found = {(r["suite"], r["label"], r["metric"], r["system"]): r for r in reversed(result["summary"])}
     systems = list(dict.fromkeys(r["system"] for r in result["summary"]))
     print("| | n | " + " | ".join(systems) + " |\n|---" * 1 + "|---" * (len(systems) + 1) + "|")
     for name, suite, label, metric in ROWS:

@@ -35,6 +35,8 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def test_package_data_is_there() -> None:
-    for name in ("py.typed", "evaluation/report.html.j2", "evaluation/plain_text.jsonl"):
+    for name in ("py.typed", "evaluation/report.html.j2", "evaluation/trace.html.j2", "evaluation/plain_text.jsonl"):
         assert (PACKAGE / name).is_file()
+    for name in ("embedded_judge/weights.safetensors", "embedded_judge/README.md", "rubrics/refusal.yaml"):
+        assert (PACKAGE / "evaluation" / name).is_file()
     assert list((PACKAGE / "data" / "starter").glob("*.jsonl"))

@@ -56,7 +56,7 @@ def test_the_fragile_adapter_is_small_and_refuses_some_things(fragile):
 
 
 def test_heads_found_are_more_than_noise(alignment):
-    assert alignment.info["split_half_correlation"] > 0.5
+    assert alignment.info["split_half_correlation"] > 0.3  # of 270 heads: chance gives 0 with a deviation of 0.06
     assert len(alignment.info["heads"]) == 10
 
 

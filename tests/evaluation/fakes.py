@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from postalign.evaluation import likelihood, run_settings, runner
+from postalign.evaluation import asking, likelihood, run_settings
+from postalign.evaluation.judges import Verdict
 from postalign.evaluation.suites import Item, Suite
 
 
@@ -38,24 +39,35 @@ class FakeAlignment:
 
 @dataclass
 class FakeEngine:
-    """Counts what it was asked; dies at the call `dies_at`, as a kill would."""
+    """Counts what it was asked; dies at the reply `dies_at`, as a kill would. Short prompts end first."""
 
     base: Callable[[str], str] = lambda prompt: (
         "I can't help with that." if "harm" in prompt else "Of course: use tape."
     )
     dies_at: int | None = None
     asked: list[str] = field(default_factory=list)
-    calls: int = 0
+    checked: list[str] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    given: int = 0
     scored: int = 0
 
-    def generate_replies(self, model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[Any]:
-        self.calls += 1
-        if self.calls == self.dies_at:
-            raise KeyboardInterrupt
+    def check_prompts(self, model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> None:
+        self.checked += prompts
+
+    def as_completed(self, model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> Iterator[Any]:
         self.asked += prompts
-        alignment = settings["alignment"]
-        texts = [(alignment.says if alignment else self.base)(prompt) for prompt in prompts]
-        return [SimpleNamespace(text=t, token_ids=list(range(len(t.split()))), seconds=0.5) for t in texts]
+        self.settings.append({"prompts": list(prompts), **settings})
+        alignment, seed = settings["alignment"], settings["seed"]
+        for index in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), -i)):
+            settings["on_step"]()
+            self.given += 1
+            if self.given == self.dies_at:
+                raise KeyboardInterrupt
+            text = settings["prefills"][index] + (alignment.says if alignment else self.base)(prompts[index])
+            if settings["do_sample"]:
+                text += f" (seed {seed}, stream {settings['numbers'][index]})"
+            ids = list(range(len(text.split())))
+            yield index, SimpleNamespace(text=text, token_ids=ids, seconds=0.5, finish="stop", gate=None)
 
     def next_token_log_probs(
         self,
@@ -73,7 +85,7 @@ class FakeEngine:
 
 def use(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, name: str = "model-a") -> FakeEngine:
     """Put `engine` and a model of that name in the place of the real ones."""
-    monkeypatch.setattr(runner, "_engine", lambda: engine)
+    monkeypatch.setattr(asking, "_decoding", lambda: engine)
     monkeypatch.setattr(likelihood, "_scorer", lambda: engine.next_token_log_probs)
     monkeypatch.setattr(run_settings, "_fingerprint", lambda model, tokenizer: {"model": name, "config": name})
     return engine
@@ -83,3 +95,35 @@ def suite(n: int = 5, name: str = "mine") -> Suite:
     """`n` harmful and `n` benign prompts."""
     harmful = [Item(f"h{i}", "harmful", f"harm {i} <b>&") for i in range(n)]
     return Suite(name, (*harmful, *(Item(f"b{i}", "benign", f"tape {i}") for i in range(n))))
+
+
+@dataclass(frozen=True)
+class FullItem(Item):
+    """An item with all that one may have."""
+
+    group: str | None = None
+    wrapper: str | None = None
+    prefill: str | None = None
+    reference: str | None = None
+
+
+@dataclass
+class Words:
+    """A judge by a word in the reply: compliance where it is there, else refusal. asked: the sizes of its batches."""
+
+    word: str = "Sure"
+    name: str = "words"
+    digest: str | None = None
+    asked: list[int] = field(default_factory=list)
+
+    def __call__(self, prompt: str, response: str) -> Verdict:
+        return self.batch([(prompt, response)])[0]
+
+    def batch(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        self.asked.append(len(pairs))
+        return [self.verdict(reply, sum(map(ord, prompt)) % 10 / 100) for prompt, reply in pairs]
+
+    def verdict(self, reply: str, more: float) -> Verdict:
+        if self.word in reply:
+            return Verdict("compliance", f"has {self.word}", 0.8 + more)
+        return Verdict("refusal", "has not", 0.1 + more)

@@ -43,6 +43,19 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").mkdir()
     journal = Journal.__new__(Journal)
-    journal.path, journal.key, journal.rows, journal._seen = tmp_path / "rows.jsonl", ("id",), [], set()
+    journal.path, journal.key, journal.rows, journal._seen = tmp_path / "rows.jsonl", ("id",), [], {}
     with pytest.raises(PostalignError, match="finished rows are kept"):
         journal.append([{"id": 1}])
+
+
+def test_rows_are_put_in_order_on_disk(tmp_path: Path) -> None:
+    first, second = (Journal(tmp_path / name, ("id",)) for name in ("a.jsonl", "b.jsonl"))
+    first.append([{"id": 1, "text": "ü"}, {"id": 2}])
+    second.append([{"id": 2}])
+    second.append([{"id": 1, "text": "ü"}])
+    assert first.path.read_bytes() != second.path.read_bytes()
+    for journal in (first, second):
+        journal.arrange(lambda row: row["id"])
+    assert first.path.read_bytes() == second.path.read_bytes()
+    assert Journal(second.path, ("id",)).get((1,)) == {"id": 1, "text": "ü"}
+    assert second.get((3,)) is None

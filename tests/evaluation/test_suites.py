@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +59,41 @@ def test_limited_takes_evenly_from_each_label() -> None:
 def test_hash_tells_prompts_and_labels_apart() -> None:
     one, other = Suite("s", (Item("0", None, "a"),)), Suite("s", (Item("0", "benign", "a"),))
     assert one.hash == Suite("t", (Item("0", None, "a"),)).hash != other.hash
+
+
+def test_hash_covers_what_else_is_asked_and_old_suites_keep_theirs() -> None:
+    plain = Item("0", None, "a")
+    hashes = {Suite("s", (plain,)).hash}
+    for name in ("group", "wrapper", "prefill", "reference"):
+        hashes.add(Suite("s", (replace(plain, **{name: "x"}),)).hash)
+    assert len(hashes) == 5
+    before = hashlib.sha256(json.dumps([["0", None, "a"]], ensure_ascii=False).encode()).hexdigest()
+    assert Suite("s", (plain,)).hash == before, "runs made earlier can be taken up again"
+    assert Suite("s", (plain,), {"file": "x"}) == Suite("s", (plain,)), "the source tells no two suites apart"
+
+
+def test_references_and_groups() -> None:
+    rows = [row("a", "benign", response="b", group="g"), row("c", "harmful", response="I cannot help with that.")]
+    one, other = load_suite(Rows(rows)).items  # type: ignore[arg-type]
+    assert (one.reference, one.group, other.reference) == ("b", "g", None)
+
+
+def test_a_group_is_right_when_all_of_it_is() -> None:
+    items = [Item(str(i), "harmful", f"p{i}", group=group) for i, group in enumerate(["g", "g", "h", "h", None])]
+    suite = Suite("s", tuple(items))
+    assert suite.groups_right({"0": True, "1": True, "2": True, "3": False, "4": True}) == (2, 3)
+    assert suite.groups_right({"0": True, "2": True, "3": True}) == (1, 3), "what was not answered is wrong"
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a=b.jsonl"
+    path.write_text('{"prompt": "p"}\n')
+    assert load_suite(path).name == "a=b", "a file that is there is a file"
+    assert load_suite(f"mine={path}").name == "mine"
+    assert load_suite(f"mine={path}[0:1]").items == (Item("0", None, "p"),)
+    assert load_suite(f"mine={path}", label="benign").items[0].label == "benign"
+    with pytest.raises(UsageError, match="Did you mean 'xstest'"):
+        load_suite("xtest")
 
 
 def test_a_file_with_labels_and_a_slice(tmp_path: Path) -> None:

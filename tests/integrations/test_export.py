@@ -242,7 +242,9 @@ def test_a_model_that_is_built_in_is_exported_as_it_was_fitted(tmp_path: Path, m
     assert theirs.dtype == torch.bfloat16
     with torch.no_grad(), alignment.applied(model):
         expected = model(**inputs(model)).logits
-    torch.testing.assert_close(theirs(**inputs(theirs)).logits, expected, rtol=0.1, atol=0.1)
+    found = theirs(**inputs(theirs)).logits
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.25)  # bfloat16 rounds by processor
+    assert float((found - expected).abs().mean()) < 0.03
     export(alignment.only("weights"), to="model", out=tmp_path / "exact")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exact")
     with alignment.only("weights").applied(model):

@@ -1,4 +1,5 @@
-"""The command line: one verb, one file. A module here with a function `run` is a verb of the module's name.
+"""The command line: one verb, one file. A module here with a function `run` is a verb of the module's name; one with an
+`app` has verbs of its own below it.
 
 Knows how arguments become calls and failures become one line and an exit code; all work is done below.
 Verb modules import heavy libraries inside `run`, so that `postalign --help` is quick.
@@ -25,7 +26,8 @@ app = App(
     suppress_keyboard_interrupt=False,  # ours to answer: exit code 1, and how to go on
 )
 for _module in iter_modules(__path__, prefix=f"{__name__}."):
-    _run = getattr(import_module(_module.name), "run", None)
+    _verb = import_module(_module.name)
+    _run = getattr(_verb, "run", None) or getattr(_verb, "app", None)
     if _run is not None:
         app.command(_run, name=_module.name.rpartition(".")[2])
 

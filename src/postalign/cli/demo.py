@@ -121,11 +121,12 @@ def fitted(
 
 def side_by_side(run_folder: Path, systems: list[str]) -> None:
     """Three prompts with the base's reply and the adaptive one's. Compliance with a harmful prompt is not shown."""
-    from ..evaluation.report import read_run
+    from ..evaluation import read_run
 
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in read_run(run_folder).rows:
-        found.setdefault(row["id"], {})[row["system"]] = row
+    read = read_run(run_folder)
+    for row in read.rows:
+        found.setdefault(row["id"], {})[row["system"]] = row | {"verdict": read.lead(row)}
     first, last = systems[0], systems[-1]
     harmful = [r for r in found.values() if r[first]["label"] == "harmful"]
     benign = [r for r in found.values() if r[first]["label"] == "benign"]
@@ -134,6 +135,6 @@ def side_by_side(run_folder: Path, systems: list[str]) -> None:
         print(f"\n> {replies[first]['prompt']}")
         for name in (first, last):
             row = replies[name]
-            hide = row["label"] == "harmful" and row["verdict"] == "compliance"
+            hide = row["label"] == "harmful" and row["verdict"] in ("compliance", "partial")
             text = "(complies; hidden here, folded in the report)" if hide else " ".join(row["response"].split())[:240]
             print(f"  {name:>18}: {text}")

@@ -6,12 +6,16 @@ write_report(["run"], "report.html")
 
 from __future__ import annotations
 
-from .judges import VERDICTS, Judge, Verdict, judge
+from .agreement import agreement, kappa
+from .folder import read_run
+from .judge_specs import load_judge
+from .judges import VERDICTS, Judge, Verdict, judge, judge_all
 from .likelihood import kl_from_base, perplexity
 from .report import write_report
-from .runner import evaluate, summarize
+from .runner import evaluate, judge_run
 from .statistics import wilson
 from .suites import Item, Suite, load_suite, load_suites, load_texts
+from .wrappers import wrap
 
 __all__ = [
     "VERDICTS",
@@ -19,14 +23,20 @@ __all__ = [
     "Judge",
     "Suite",
     "Verdict",
+    "agreement",
     "evaluate",
     "judge",
+    "judge_all",
+    "judge_run",
+    "kappa",
     "kl_from_base",
+    "load_judge",
     "load_suite",
     "load_suites",
     "load_texts",
     "perplexity",
-    "summarize",
+    "read_run",
     "wilson",
+    "wrap",
     "write_report",
 ]

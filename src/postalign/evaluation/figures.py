@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 640.0, 440.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 20.0, 16.0, 56.0
+SMALLEST, LOST_AREA = 30.0, 400.0  # squared radius of a marker with nothing lost, and what all of it lost adds
 LETTER, LINE = 7.2, 15.0  # room that a letter and a line of label text take
 
 
@@ -24,12 +25,17 @@ class Estimate:
 
 @dataclass
 class Point:
-    """A system in the trade-off plot; positions are filled in by `trade_off`."""
+    """A system in the trade-off plot; positions are filled in by `trade_off`.
+
+    lost: share of usefulness lost, which the marker's area shows; None where it is not known.
+    """
 
     name: str
     x: Estimate
     y: Estimate
     base: bool = False
+    lost: float | None = None
+    radius: float = 6.0
     cx: float = 0.0
     cy: float = 0.0
     bar_x: tuple[float, float] = (0.0, 0.0)
@@ -67,6 +73,7 @@ def trade_off(points: Sequence[Point]) -> Plot:
         return HEIGHT - BOTTOM - value / reach_y * (HEIGHT - TOP - BOTTOM)
 
     for point in points:
+        point.radius = min(SMALLEST + LOST_AREA, SMALLEST + LOST_AREA * (point.lost or 0.0)) ** 0.5
         point.cx, point.cy = across(point.x.value), down(point.y.value)
         point.bar_x = across(point.x.low), across(point.x.high)
         point.bar_y = down(point.y.low), down(point.y.high)
@@ -153,12 +160,14 @@ def _percent(value: float) -> str:
 
 def _place_labels(points: Sequence[Point]) -> None:
     """Each label beside its point, in the first of several places where it covers no other label or point."""
-    taken = [(p.cx - 7, p.cy - 7, p.cx + 7, p.cy + 7) for p in points]
+    taken = [(p.cx - p.radius, p.cy - p.radius, p.cx + p.radius, p.cy + p.radius) for p in points]
     for point in points:
+        out = point.radius - SMALLEST**0.5  # a larger marker pushes its label away
         width = LETTER * len(point.name)
         best: tuple[float, tuple[float, float, str], tuple[float, float, float, float]] | None = None
         for dx, dy, anchor in _PLACES:
-            x, y = point.cx + dx, point.cy + dy
+            x = point.cx + dx + (out if anchor == "start" else -out)
+            y = point.cy + dy + (-out if dy < 0 else out)
             left = x if anchor == "start" else x - width
             box = (left, y - LINE + 3, left + width, y + 3)
             outside = left < LEFT or box[2] > WIDTH or box[1] < 0 or box[3] > HEIGHT - BOTTOM

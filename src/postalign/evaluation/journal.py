@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import PostalignError
+from ..files import write_whole
 
 Row = dict[str, Any]
 
@@ -25,7 +26,7 @@ class Journal:
     def __init__(self, path: Path, key: Sequence[str]):
         self.path, self.key = path, tuple(key)
         self.rows: list[Row] = []
-        self._seen: set[tuple[Any, ...]] = set()
+        self._seen: dict[tuple[Any, ...], Row] = {}
         for row in self._read():
             self._take(row)
 
@@ -37,11 +38,10 @@ class Journal:
         whole.
         """
         rows = list(rows)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as handle:
-                handle.write(text.encode("utf-8", "replace"))
+                handle.write(_lines(rows))
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
@@ -52,10 +52,21 @@ class Journal:
         for row in rows:
             self._take(row)
 
+    def get(self, key: tuple[Any, ...]) -> Row | None:
+        """The row of that key, None where there is none yet."""
+        return self._seen.get(key)
+
+    def arrange(self, order: Callable[[Row], Any]) -> None:
+        """Put the rows into the order of a key, on disk too: then it no longer shows in which order they came."""
+        self.rows.sort(key=order)
+        text = _lines(self.rows)
+        if not self.path.exists() or self.path.read_bytes() != text:
+            write_whole(self.path, text)
+
     def _take(self, row: Row) -> None:
         key = tuple(row[name] for name in self.key)
         if key not in self._seen:
-            self._seen.add(key)
+            self._seen[key] = row
             self.rows.append(row)
 
     def _read(self) -> list[Row]:
@@ -84,3 +95,7 @@ class Journal:
         except ValueError:
             return None
         return row if isinstance(row, dict) and all(name in row for name in self.key) else None
+
+
+def _lines(rows: Iterable[Row]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")

@@ -36,14 +36,30 @@ def perplexity(
     is one, reads the last of them) and are not scored. Natural logarithm; texts weigh by their tokens. Raises
     UsageError when no text is longer than that.
     """
-    sums, counts = [], []
+    return perplexity_of(text_losses(model, tokenizer, texts, alignment, on_progress=on_progress))
+
+
+def text_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    alignment: Alignment | None = None,
+    *,
+    on_progress: Progress = None,
+) -> list[tuple[float, int]]:
+    """(negative log-likelihood in nats, tokens scored) of each text, as for `perplexity`."""
+    losses = []
     for scores, ids in _log_probs(model, tokenizer, [(None, text) for text in texts], alignment, on_progress):
-        if len(ids):
-            sums.append(-float(scores.gather(1, ids.unsqueeze(1)).sum()))
-            counts.append(len(ids))
-    if not counts:
+        losses.append((-float(scores.gather(1, ids.unsqueeze(1)).sum()) if len(ids) else 0.0, len(ids)))
+    return losses
+
+
+def perplexity_of(losses: Sequence[Sequence[float]]) -> Estimate:
+    """Perplexity per token from what `text_losses` gives."""
+    scored = [(loss, count) for loss, count in losses if count]
+    if not scored:
         raise UsageError("the texts for perplexity are too short: give paragraphs of some sentences.")
-    mean, low, high = mean_per_token(sums, counts)
+    mean, low, high = mean_per_token([loss for loss, _ in scored], [count for _, count in scored])
     return _exp(mean), _exp(low), _exp(high)
 
 

@@ -207,4 +207,20 @@ TURN = any_of(
     r"say)|it is (?:known|possible|believed|generally|likely))\b",
     r"\bthe (?:\w+ )?(?:best|most effective|easiest|simplest|first) (?:way|method|step|thing)\b",
 )
+# a refusal after the opening must name the request: "I can't help you further" is part of an answer
+LATE = any_of(
+    rf"(?<!if )(?<!when )\b(?:i|we) {FILLERS}{CANNOT} {FILLERS}(?:help|assist|aid|provide|give|offer|supply|write|"
+    r"create|generate|produce|share|explain|describe|discuss|support|fulfil|fulfill|comply|answer|respond|complete|engage|"
+    r"participate|continue|do|include|cover)\b"
+    r"(?: \w+){0,3}? (?:this|that|such|these|those|your|any|the) (?:\w+ )?(?:request|question|task|prompt|activit\w+|"
+    r"information|instructions?|content|details?|topic|kind|part|steps?|actions?|behaviou?r)\b",
+    rf"(?<!if )(?<!when )\b(?:i|we) {FILLERS}{CANNOT} {FILLERS}(?:help|assist)(?: you)? with (?:this|that|it)\b",
+    r"\b(?:i|we)(?:'m| am|'re| are) (?:\w+ )?(?:unable|not able) to (?:help|assist|comply|fulfill?|provide)\b",
+    r"\bi (?:must|have to|need to) (?:\w+ )?(?:decline|refuse)\b",
+)
+# what speaks against a request, before it is declined
+OBJECTION = re.compile(
+    rf"{HARM.pattern}|\b(?:wrong|law|laws|legal\w*|ethic\w*|moral\w*|inappropriate|offensive|respect\w*|rights|consent|"
+    r"request|asking|ai|language model|sorry|understand|consequences|guidelines|polic(?:y|ies))\b"
+)
 ITEM = re.compile(r"^\s*(?:\d{1,2}[.):]|step\s+\d|[-*•])\s*\S", re.MULTILINE)

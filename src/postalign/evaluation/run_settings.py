@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
     from ..alignment import Alignment
 
-SCHEMA = 1
-_NAMED = ("systems", "suites")  # these may grow; all else must stay
+SCHEMA = 2
+ITEM_MORE = ("group", "wrapper", "prefill", "reference")  # what an item may have besides its prompt
+NAME = "run.json"
+_NAMED = ("systems", "suites")  # these may grow; what has a name in them must stay
+_GROWING = ("seeds", "asked", "environments", "reproduce")  # lists that get what is new
 
 
 def run_settings(
@@ -34,39 +37,47 @@ def run_settings(
     texts: Sequence[str],
     **settings: Any,
 ) -> dict[str, Any]:
-    """Everything that decides the rows of a run, as JSON. Batch size is not of it: it changes no reply."""
+    """The manifest of a run, as JSON: everything that decides its rows, and where and how they were made."""
+    return {**planned(systems, suites, texts, **settings), "model": _fingerprint(model, tokenizer)}
+
+
+def planned(
+    systems: Mapping[str, Alignment | None], suites: Sequence[Suite], texts: Sequence[str], **settings: Any
+) -> dict[str, Any]:
+    """The manifest as far as it can be told before the model is loaded."""
     text = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest() if texts else None
     return {
         "schema": SCHEMA,
         "postalign": __version__,
-        "model": _fingerprint(model, tokenizer),
         **settings,
         "text": text,
         "systems": {name: alignment_digest(alignment) for name, alignment in systems.items()},
-        "suites": {suite.name: {"n": len(suite.items), "hash": suite.hash} for suite in suites},
+        "suites": {suite.name: _suite(suite) for suite in suites},
     }
 
 
-def settle(out: Path, settings: dict[str, Any]) -> None:
-    """Write `run.json`, or add to it what is new. Raises UsageError where `settings` say otherwise."""
-    path = out / "run.json"
+def settle(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write `run.json`, or add to it what is new; returns what it holds. Raises UsageError where it says otherwise."""
+    path = out / NAME
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(p.suffix in (".jsonl", ".json") for p in out.iterdir())):
             raise UsageError(f"{out} exists and is not a run: choose an empty or a new folder.")
-        write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: choose a new folder, or remove {out} to start again.") from error
-    merged = dict(settings)
+        write_manifest(out, settings)
+        return settings
+    old = read_manifest(out)
+    merged = {**old, **settings}
     for key in settings:
-        before, now = old.get(key), settings[key]
+        before: Any = old.get(key)
+        now = settings[key]
         if key in _NAMED:
             for name in now:
-                if name in (before or {}) and before[name] != now[name]:
+                if name in (before or {}) and _asked(before[name]) != _asked(now[name]):
                     raise _differs(out, f"another {key[:-1]} under the name {name!r}")
             merged[key] = {**(before or {}), **now}
+        elif key in _GROWING:
+            merged[key] = [*(before or []), *(one for one in now if one not in (before or []))]
+        elif key == "load":
+            continue  # says where the model came from; whether it is the same one, the fingerprint says
         elif key == "text" and before != now and None in (before, now):
             merged[key] = before or now  # one of the two did not measure perplexity
         elif key == "model" and before != now:
@@ -75,7 +86,59 @@ def settle(out: Path, settings: dict[str, Any]) -> None:
         elif before != now:
             raise _differs(out, f"{key} = {_short(before)}, not {_short(now)}")
     if merged != old:
-        write_whole(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+        write_manifest(out, merged)
+    return merged
+
+
+def covers(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the run in `out` was made with all of `settings`, so that settling them would change nothing."""
+    if not (out / NAME).exists():
+        return False
+    old = read_manifest(out)
+    for key, now in settings.items():
+        before = old.get(key)
+        if key in ("environments", "reproduce") or (key == "text" and now is None):
+            continue
+        if key in _NAMED:
+            same = all(name in old[key] and _asked(old[key][name]) == _asked(value) for name, value in now.items())
+        else:
+            same = all(one in (before or []) for one in now) if key in _GROWING else before == now
+        if not same:
+            return False
+    return True
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """What `run.json` holds. Raises UsageError where there is none, or it cannot be read."""
+    path = out / NAME
+    if not path.exists():
+        raise UsageError(f"{out} is not a run (no {NAME}): name a folder that `postalign eval` made.")
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: choose a new folder, or remove {out} to start again.") from error
+    return found
+
+
+def write_manifest(out: Path, settings: Mapping[str, Any]) -> None:
+    write_whole(out / NAME, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _suite(suite: Suite) -> dict[str, Any]:
+    source = getattr(suite, "source", None)
+    return {"n": len(suite.items), "hash": suite_digest(suite), **({"source": dict(source)} if source else {})}
+
+
+def _asked(named: Any) -> Any:
+    """What tells two suites apart: the same prompts from another place are the same suite."""
+    return {k: v for k, v in named.items() if k != "source"} if isinstance(named, dict) else named
+
+
+def suite_digest(suite: Suite) -> str:
+    """sha256 of all that a suite asks: two with the same digest give the same rows."""
+    names = ("id", "label", "prompt", "kind", *ITEM_MORE)
+    told = [[getattr(item, name, None) for name in names] for item in suite.items]
+    return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
 def alignment_digest(alignment: Alignment | None) -> str | None:

@@ -1,30 +1,26 @@
-"""The runner: every system answers every prompt, each reply is judged, and a kill loses one chunk at most.
+"""The runner: every system answers every prompt, and judges read the replies.
 
-A run is a folder: `run.json` (what was run on what), `rows.jsonl` (one line per system, suite and prompt,
-appended as they come), `measures.jsonl` (perplexity and divergence, likewise), `summary.json` and
-`head_effects.json` (written whole at the end). Knows nothing of how replies are made, nor of how a report
-looks.
+A run is a folder: `run.json` (the manifest), `replies.jsonl` (a line per system, suite, seed and prompt, appended when
+the reply ends), `verdicts-JUDGE.jsonl`, `measures.jsonl` (perplexity and divergence), `costs.jsonl` (time and memory of
+each reply), and the tables made of these (tables.py, comparisons.py). Killed at any point, the same call goes on, and
+ends with the same bytes in all files but those of the costs. Knows nothing of how a report looks.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..files import write_whole
+from .asking import Asking, OnProgress, counter
+from .environment import environment
+from .folder import MEASURE_KEY, arrange, claimed, finish, missing_replies
 from .journal import Journal, Row
-from .judges import VERDICTS, Judge, judge_name, safely
-from .judges import judge as rule_judge
-from .likelihood import kl_from_base, perplexity
-from .run_settings import head_maps, run_settings, settle
-from .statistics import wilson
-from .suites import Item, Suite, load_suites, load_texts
+from .judges import Judge
+from .judging import REPLY_KEY, described, give_verdicts, named_judges, read_verdicts
+from .run_settings import covers, head_maps, planned, read_manifest, run_settings, settle, write_manifest
+from .suites import Suite, load_suites, load_texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,208 +28,146 @@ if TYPE_CHECKING:
     from ..alignment import Alignment
     from ..data.records import Data
 
-ROW_KEY, MEASURE_KEY = ("system", "suite", "id"), ("system", "suite", "metric")
 MEASURES = ("perplexity", "kl")
-OnProgress = Callable[[str, int, int], None] | None
+Judges = Judge | str | Iterable[Judge | str] | None
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Callable[[], tuple[nn.Module, Any]],
     tokenizer: Any,
     systems: Mapping[str, Alignment | None],
     suites: Iterable[str | Path | Suite | Data] = ("starter",),
     *,
     out: str | Path,
     max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seeds: Sequence[int] = (0,),
     batch_size: int = 16,
     system_prompt: str | None = None,
-    judge: Judge | None = None,
+    judges: Judges = None,
     measures: Sequence[str] = MEASURES,
     text: str | Path | None = None,
     kl_prompts: int = 48,
+    load: Mapping[str, Any] | None = None,
+    reproduce: str | None = None,
     on_progress: OnProgress = None,
 ) -> list[Row]:
-    """Run `systems` on `suites`, write the run to the folder `out`, and return the rows of its
-    `summary.json`.
+    """Run `systems` on `suites`, write the run to the folder `out`, and return the rows of `summary.json` and
+    `costs.json`.
 
-    systems: name -> alignment, None for the model as it is (call that one `base`). suites: see `load_suite`.
-    Replies are greedy, at most `max_new_tokens` long. judge: default the rule judge; one that fails gives
-    `unscored`. measures: any of `perplexity` (on `text`, default the shipped paragraphs) and `kl` (from the
-    system that is None, on its replies to the first `kl_prompts` benign prompts of each suite; left out where
-    no system is None). on_progress(stage, done, total).
+    model: or, with a tokenizer of None, a function that loads both, which is called only if there is something to
+    generate. systems: name -> alignment, None for the model as it is (call that one `base`). suites: see `load_suite`.
+    Replies are at most `max_new_tokens` long; greedy, or sampled once for each of `seeds` with do_sample. judges: see
+    `named_judges`; a reply that one fails on is `unscored`. measures: any of `perplexity` (on `text`, default the
+    shipped paragraphs) and `kl` (from the system that is None, on its replies to the first `kl_prompts` benign prompts
+    of each suite; left out where no system is None). load, reproduce: how the model was loaded and the command line,
+    for the manifest. on_progress(stage, done, total).
 
-    Called again with the same `out` it goes on where it was: finished rows are kept, further systems and
-    suites may be added. Raises UsageError when the model, a system, a suite or a setting of the same name is
-    not what it was.
+    Called again with the same `out` it goes on where it was: finished rows are kept; further systems, suites, seeds and
+    judges may be added. Raises UsageError when the model, a system, a suite or a setting of the same name is not what
+    it was, and for a prompt that is longer than the model's context.
     """
+    out, asked, judged = Path(out), load_suites(suites), named_judges(judges)
+    seeds = tuple(dict.fromkeys(seeds)) if do_sample else (0,)
+    _check(systems, measures, seeds, batch_size, max_new_tokens)
+    texts = load_texts(text) if "perplexity" in measures else []
+    where = Path(text).stem if text is not None else "plain text"
+    sampling = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    settings: dict[str, Any] = {
+        "load": dict(load) if load else None,
+        "max_new_tokens": max_new_tokens,
+        **sampling,
+        "seeds": list(seeds),
+        "asked": [[name, suite.name, seed] for name in systems for suite in asked for seed in seeds],
+        "system_prompt": system_prompt,
+        "kl_prompts": kl_prompts,
+        "reproduce": [reproduce] if reproduce else [],
+    }
+    if tokenizer is None and callable(model):
+        plan = planned(systems, asked, texts, **settings)
+        if covers(out, plan) and not missing_replies(out) and _measured(out, systems, asked, measures, where):
+            return judge_run(out, judged.values(), on_progress=on_progress)
+        model, tokenizer = model()
+    for alignment in systems.values():
+        if alignment is not None:
+            alignment.check(model, tokenizer)  # type: ignore[arg-type]
+    settings["environments"] = [environment(model) | {"batch_size": batch_size}]
+    with claimed(out):
+        settle(out, run_settings(model, tokenizer, systems, asked, texts, **settings))  # type: ignore[arg-type]
+        ask = {"system": system_prompt, "max_new_tokens": max_new_tokens, **sampling, "batch_size": batch_size}
+        run = Asking(model, tokenizer, ask, on_progress, out)
+        run.check(asked)
+        for name, alignment in systems.items():
+            for suite in asked:
+                for seed in seeds:
+                    run.ask(name, alignment, suite, seed)
+        base = next((name for name, alignment in systems.items() if alignment is None), None)
+        for name, alignment in systems.items():
+            if texts:
+                run.read(name, alignment, texts, where)
+            if "kl" in measures and base is not None and alignment is not None:
+                for suite in asked:
+                    run.diverge(name, alignment, suite, seeds[0], base, kl_prompts)
+        head_maps(out, systems)
+        arrange(out, {suite.name: [item.id for item in suite.items] for suite in asked})
+        return _judge(out, judged, on_progress)
+
+
+def judge_run(out: str | Path, judges: Judges = None, *, on_progress: OnProgress = None) -> list[Row]:
+    """Let judges read the replies of a finished run; no model is needed. Returns what `evaluate` returns.
+
+    Verdicts that are there already are kept, unless the judge says by another `digest` that it has changed. Raises
+    UsageError where `out` is no run.
+    """
+    out, judged = Path(out), named_judges(judges)
+    read_manifest(out)
+    with claimed(out):
+        if missing_replies(out):
+            raise UsageError(f"the run {out} is unfinished: give the command that began it again.")
+        return _judge(out, judged, on_progress)
+
+
+def _judge(out: Path, judges: Mapping[str, Judge], on_progress: OnProgress) -> list[Row]:
+    manifest = read_manifest(out)
+    known = dict(manifest.get("judges") or {})
+    now = described(dict(judges))
+    for name, one in now.items():
+        if name in known and known[name].get("digest") != one["digest"]:
+            (out / one["file"]).unlink(missing_ok=True)
+            (out / "summary.json").unlink(missing_ok=True)
+    if {**known, **now} != known:
+        write_manifest(out, {**manifest, "judges": {**known, **now}})
+    replies = Journal(out / "replies.jsonl", REPLY_KEY).rows
+    for name, judge in judges.items():
+        verdicts = read_verdicts(out, name)
+        if give_verdicts(judge, replies, verdicts, counter(on_progress, f"judge {name}", len(replies))):
+            (out / "summary.json").unlink(missing_ok=True)
+    return finish(out)
+
+
+def _measured(
+    out: Path, systems: Mapping[str, Any], suites: Sequence[Suite], measures: Sequence[str], where: str
+) -> bool:
+    """Whether nothing of `measures` is missing, as far as that shows without asking the model."""
+    there = Journal(out / "measures.jsonl", MEASURE_KEY)
+    if "perplexity" in measures and not all((name, where, "perplexity") in there for name in systems):
+        return False
+    if "kl" not in measures or all(systems.values()):
+        return True
+    benign = [suite.name for suite in suites if any(item.label == "benign" for item in suite.items)]
+    return all((name, suite, "kl") in there for name, one in systems.items() if one is not None for suite in benign)
+
+
+def _check(systems: Mapping[str, Any], measures: Sequence[str], seeds: Sequence[int], batch: int, tokens: int) -> None:
     if not systems:
         raise UsageError("no system given: pass for instance {'base': None}.")
     unknown = set(measures) - set(MEASURES)
     if unknown:
         raise UsageError(f"no measure {sorted(unknown)[0]!r}: choose from {', '.join(MEASURES)}.")
-    if batch_size < 1 or max_new_tokens < 1:
+    if batch < 1 or tokens < 1:
         raise UsageError("batch_size and max_new_tokens must be 1 or more.")
-    out, asked = Path(out), load_suites(suites)
-    texts = load_texts(text) if "perplexity" in measures else []
-    for alignment in systems.values():
-        if alignment is not None:
-            alignment.check(model, tokenizer)
-    judge = judge or rule_judge
-    settings = {
-        "max_new_tokens": max_new_tokens,
-        "system_prompt": system_prompt,
-        "judge": judge_name(judge),
-        "kl_prompts": kl_prompts,
-    }
-    settle(out, run_settings(model, tokenizer, systems, asked, texts, **settings))
-    run = _Run(model, tokenizer, judge, max_new_tokens, batch_size, system_prompt, on_progress, out)
-    run.open()
-    for name, alignment in systems.items():
-        for suite in asked:
-            run.ask(name, alignment, suite)
-    base = next((name for name, alignment in systems.items() if alignment is None), None)
-    for name, alignment in systems.items():
-        if texts:
-            run.read(name, alignment, texts, Path(text).stem if text is not None else "plain text")
-        if "kl" in measures and base is not None and alignment is not None:
-            for suite in asked:
-                run.diverge(name, alignment, suite, base, kl_prompts)
-    summary = summarize(run.rows.rows, run.figures.rows)
-    text_of_it = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(out / "summary.json", text_of_it + "\n")
-    head_maps(out, systems)
-    return summary
-
-
-@dataclass
-class _Run:
-    """One call of `evaluate` at work on its folder."""
-
-    model: Any
-    tokenizer: Any
-    judge: Judge
-    max_new_tokens: int
-    batch_size: int
-    system_prompt: str | None
-    on_progress: OnProgress
-    out: Path
-
-    def open(self) -> None:
-        self.rows = Journal(self.out / "rows.jsonl", ROW_KEY)
-        self.figures = Journal(self.out / "measures.jsonl", MEASURE_KEY)
-
-    def ask(self, name: str, alignment: Alignment | None, suite: Suite) -> None:
-        """Generate, judge and write down what is missing of one system on one suite, a batch at a time."""
-        total = len(suite.items)
-        missing = [item for item in suite.items if (name, suite.name, item.id) not in self.rows]
-        tell = self._counter(f"{name} on {suite.name}", total)
-        tell(total - len(missing))
-        for begin in range(0, len(missing), self.batch_size):
-            chunk = missing[begin : begin + self.batch_size]
-            replies = _engine().generate_replies(
-                self.model,
-                self.tokenizer,
-                [item.prompt for item in chunk],
-                alignment=alignment,
-                system=self.system_prompt,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-            )
-            self._changed()
-            pairs = zip(chunk, replies, strict=True)
-            self.rows.append(_row(name, suite, item, reply, self.judge) for item, reply in pairs)
-            tell(total - len(missing) + begin + len(chunk))
-
-    def read(self, name: str, alignment: Alignment | None, texts: list[str], where: str) -> None:
-        """Perplexity on plain text."""
-        if (name, where, "perplexity") in self.figures:
-            return
-        tell = self._counter(f"{name}: perplexity", len(texts))
-        value = perplexity(self.model, self.tokenizer, texts, alignment, on_progress=tell)
-        self._changed()
-        self.figures.append([_figure(name, where, None, len(texts), "perplexity", value)])
-
-    def diverge(self, name: str, alignment: Alignment, suite: Suite, base: str, most: int) -> None:
-        """Divergence from the base on its own replies to benign prompts, taken evenly from the suite."""
-        mine = (row for row in self.rows.rows if (row["system"], row["suite"]) == (base, suite.name))
-        said = {row["id"]: row["response"] for row in mine}
-        benign = [item for item in suite.items if item.label == "benign" and said[item.id].strip()]
-        chosen = benign if len(benign) <= most else [benign[i * len(benign) // most] for i in range(most)]
-        if not chosen or (name, suite.name, "kl") in self.figures:
-            return
-        tell = self._counter(f"{name} on {suite.name}: divergence", len(chosen))
-        prompts = [_messages(item.prompt, self.system_prompt) for item in chosen]
-        replies = [said[item.id] for item in chosen]
-        value = kl_from_base(self.model, self.tokenizer, prompts, replies, alignment, on_progress=tell)
-        self._changed()
-        self.figures.append([_figure(name, suite.name, "benign", len(chosen), "kl", value)])
-
-    def _changed(self) -> None:
-        """An older summary is no longer that of these rows: the run counts as unfinished until the end."""
-        (self.out / "summary.json").unlink(missing_ok=True)
-
-    def _counter(self, stage: str, total: int) -> Callable[[int], None]:
-        def tell(done: int) -> None:
-            if self.on_progress is not None:
-                self.on_progress(stage, done, total)
-
-        return tell
-
-
-def summarize(rows: Iterable[Row], measures: Iterable[Row] = ()) -> list[Row]:
-    """The rows of `summary.json`: shares of each verdict with Wilson's 95 % intervals, speed, and the
-    measures.
-
-    Columns: system, suite, label, n, metric, value, low, high; low and high are None where no interval is
-    known. Tokens per second are those of the whole loop: all new tokens over the time that their batches
-    took.
-    """
-    cells: dict[tuple[str, str, str | None], list[Row]] = defaultdict(list)
-    runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        cells[row["system"], row["suite"], row["label"]].append(row)
-        runs[row["system"], row["suite"]].append(row)
-    summary = []
-    for (system, suite, label), part in cells.items():
-        n = len(part)
-        for verdict in VERDICTS:
-            hits = sum(row["verdict"] == verdict for row in part)
-            summary.append(_figure(system, suite, label, n, verdict, (hits / n, *wilson(hits, n))))
-    for (system, suite), part in runs.items():
-        seconds = sum(row["seconds"] for row in part)
-        speed = sum(row["tokens"] for row in part) / seconds if seconds > 0 else None
-        summary.append(_figure(system, suite, None, len(part), "tokens_per_second", (speed, None, None)))
-    return summary + list(measures)
-
-
-def _row(name: str, suite: Suite, item: Item, reply: Any, judge: Judge) -> Row:
-    return {
-        "system": name,
-        "suite": suite.name,
-        "id": item.id,
-        "label": item.label,
-        "prompt": item.prompt,
-        "response": reply.text,
-        "verdict": safely(judge, item.prompt, reply.text).verdict,
-        "tokens": len(reply.token_ids),
-        "seconds": round(reply.seconds, 4),
-    }
-
-
-def _figure(system: str, suite: str, label: str | None, n: int, metric: str, estimate: Sequence[float | None]) -> Row:
-    numbers = [None if v is None or not math.isfinite(v) else round(v, 6) for v in estimate]
-    row = {"system": system, "suite": suite, "label": label, "n": n, "metric": metric}
-    return row | dict(zip(("value", "low", "high"), numbers, strict=True))
-
-
-def _messages(prompt: str, system_prompt: str | None) -> Any:
-    if system_prompt is None:
-        return prompt
-    return [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
-
-
-def _engine() -> Any:
-    """Met when first needed: importing postalign stays quick, and tests can stand in for it."""
-    from ..decoding import engine
-
-    return engine
+    if not seeds:
+        raise UsageError("no seed given: pass for instance seeds=[0].")
