@@ -25,11 +25,8 @@ from ..models.anatomy import anatomy
 from ..models.capture import captured
 from ..models.chat import Batch
 from ..models.forward import accepted
+from ..models.products import QuickProducts, slow_products
 from .cache import RowCache
-
-# A product with two or three rows takes MKL twice the time of one with four, which takes hardly more than one with a
-# single row: on a CPU so few rows get idle ones beside them (benchmarks/products.py).
-QUICK_ROWS = 4
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Rows:
     controls: list[tuple[Tensor | None, slice]] = field(default_factory=list)  # of target and guide, as hooks see them
     plain: bool = False  # whether the mask hides nothing
     index: Tensor | None = None  # of the rows after the fork, which of the input's each is
-    idle: int = 0  # how many of these, the last ones, are copies that nobody asks
 
 
 class Branches:
@@ -72,8 +68,10 @@ class Branches:
         self.index: Tensor | None = None  # that of the rows of the current pass
         self.above = 0  # how many the input has
         self.spread: dict[int, tuple[Tensor, Tensor]] = {}
-        self.handles = attach_all(edits, model, self.controls[0])
+        self.handles: list[Any] = attach_all(edits, model, self.controls[0])
         try:
+            if slow_products():
+                self.handles.append(QuickProducts(model))
             if guide is not None:
                 self.handles += attach_all(guide, model, self.controls[1])
                 self.own_tokens = own_tokens or not shape_of(model).forks
@@ -108,7 +106,6 @@ class Branches:
         rows = Rows(RowCache(config), mask, strength, guided)
         self._settle(rows)
         logits = self._pass(rows, ids, start=ids.shape[1])[:, -1]
-        self._fill(rows)  # from now on it is one token a row
         return rows, logits
 
     def extend(self, rows: Rows, tokens: Tensor) -> Tensor:
@@ -134,13 +131,10 @@ class Branches:
         rows.strength = rows.strength[kept] if rows.strength is not None else None
         rows.guided = has.nonzero().flatten()
         self._settle(rows)
-        self._fill(rows)
 
     def join(self, rows: Rows, others: Rows, order: Tensor) -> None:
         """Put `others` under `rows` and take the target rows `order` of that, each with its guide row."""
         mine, theirs = self._targets(rows), self._targets(others)
-        self._empty(rows)
-        self._empty(others)
         guides = torch.cat([rows.guided, mine + others.guided])
         place = torch.full((mine + theirs,), -1)
         place[guides] = torch.arange(len(guides))
@@ -161,7 +155,6 @@ class Branches:
             rows.strength = torch.cat([torch.zeros(n) if s is None else s for s, n in both])[order]
         rows.guided = has.nonzero().flatten()
         self._settle(rows)
-        self._fill(rows)
 
     def retract(self, rows: Rows, columns: Tensor) -> None:
         """Take back each row's last columns: as many as `columns` `[rows]` says. For rows without a guide's below."""
@@ -188,7 +181,7 @@ class Branches:
     def _settle(self, rows: Rows) -> None:
         """Work out, once for many steps, what the hooks are told."""
         targets, guides = self._targets(rows), len(rows.guided)
-        rows.plain, rows.index, rows.idle = bool(rows.mask.all()), None, 0
+        rows.plain, rows.index = bool(rows.mask.all()), None
         if guides and not self.own_tokens:
             rows.index = torch.cat([torch.arange(targets, device=rows.guided.device), rows.guided])
         strength = rows.strength
@@ -196,27 +189,6 @@ class Branches:
             strength = torch.cat([strength, strength.new_zeros(guides)])
         on = torch.cat([torch.zeros(targets), torch.ones(guides)]).to(rows.mask.device) if guides else None
         rows.controls = [(strength, slice(0, targets)), (on, slice(targets, targets + guides))]
-
-    def _fill(self, rows: Rows) -> None:
-        """Put idle rows beside the others, where that makes a step quicker."""
-        if rows.index is None or rows.index.device.type != "cpu" or not 1 < len(rows.index) < QUICK_ROWS:
-            return
-        rows.idle = QUICK_ROWS - len(rows.index)
-        rows.controls = [(s if s is None else nn.functional.pad(s, (0, rows.idle)), w) for s, w in rows.controls]
-        self._select(rows, torch.arange(QUICK_ROWS).clamp(max=len(rows.index) - 1))
-
-    def _empty(self, rows: Rows) -> None:
-        """Take the idle rows away."""
-        if rows.idle and rows.index is not None:
-            kept = torch.arange(len(rows.index) - rows.idle)
-            rows.idle = 0
-            self._select(rows, kept)
-
-    def _select(self, rows: Rows, every: Tensor) -> None:
-        assert rows.index is not None
-        rows.index = rows.index[every]
-        for layer in range(self.fork, len(rows.cache.layers)):
-            rows.cache.take(layer, every)
 
     def _pass(self, rows: Rows, ids: Tensor, start: int) -> Tensor:
         length = ids.shape[1]
@@ -239,7 +211,7 @@ class Branches:
             self.spread.clear()
             for control in self.controls:
                 control.strength = None  # off for every pass that is not these rows' own
-        return output.logits[: len(output.logits) - rows.idle, -kept:].float()
+        return output.logits[:, -kept:].float()
 
     def _branch_off(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.index is None or self.controls[0].thread != threading.get_ident():
@@ -312,7 +284,7 @@ def shape_of(model: nn.Module) -> Shape:
             except (RuntimeError, IndexError, ValueError, TypeError):
                 pass
             finally:
-                for handle in handles:
+                for handle in [*handles, *trial.handles]:
                     handle.remove()
         _known[model] = Shape(forks, apart)
     return _known[model]

@@ -19,8 +19,7 @@ from .stream import Stream
 
 MOST = 8  # tokens drafted at once
 LASTING = 0.9  # of what earlier rounds said of how often a draft stands
-SECOND = 0.4  # what a second token costs in the guide's pass, of a pass (benchmarks/products.py)
-EXTRA = 0.05  # what each further one costs
+EXTRA = 0.05  # what each token after the first costs in the guide's pass, of a pass (benchmarks/products.py)
 
 
 class Speculation:
@@ -33,7 +32,7 @@ class Speculation:
     def drafts(self) -> int:
         """The number that gives the most tokens for the time of that many passes and one of the guide."""
         p = min(self.stood / self.judged, 0.999)
-        guide = {k: 1 + (SECOND + EXTRA * (k - 2) if k > 1 else 0) for k in range(1, MOST + 1)}
+        guide = {k: 1 + EXTRA * (k - 1) for k in range(1, MOST + 1)}
         speeds = {k: (1 - p**k) / (1 - p) / (k + passes) for k, passes in guide.items()}
         return max(speeds, key=lambda k: speeds[k])
 
