@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..alignment import Alignment
 
 SCHEMA = 2
-ITEM_MORE = ("group", "wrapper", "prefill", "reference")  # what an item may have besides its prompt
 NAME = "run.json"
 _NAMED = ("systems", "suites")  # these may grow; what has a name in them must stay
 _GROWING = ("seeds", "asked", "environments", "reproduce")  # lists that get what is new
@@ -126,19 +125,12 @@ def write_manifest(out: Path, settings: Mapping[str, Any]) -> None:
 
 def _suite(suite: Suite) -> dict[str, Any]:
     source = getattr(suite, "source", None)
-    return {"n": len(suite.items), "hash": suite_digest(suite), **({"source": dict(source)} if source else {})}
+    return {"n": len(suite.items), "hash": suite.hash, **({"source": dict(source)} if source else {})}
 
 
 def _asked(named: Any) -> Any:
     """What tells two suites apart: the same prompts from another place are the same suite."""
     return {k: v for k, v in named.items() if k != "source"} if isinstance(named, dict) else named
-
-
-def suite_digest(suite: Suite) -> str:
-    """sha256 of all that a suite asks: two with the same digest give the same rows."""
-    names = ("id", "label", "prompt", "kind", *ITEM_MORE)
-    told = [[getattr(item, name, None) for name in names] for item in suite.items]
-    return hashlib.sha256(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
 def alignment_digest(alignment: Alignment | None) -> str | None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..data.records import Data
 
 STARTER = "starter"
-_HASHED = ("group", "wrapper", "prefill", "reference")
 _NAMED = re.compile(r"(?P<name>[\w.+-]+)(?::(?P<part>\w+))?(?:=(?P<file>.+))?")
 _SLICE = re.compile(r"\[\s*(-?\d*)\s*:\s*(-?\d*)\s*\]\s*$")
 _PLAIN_TEXT = Path(__file__).with_name("plain_text.jsonl")
@@ -66,14 +65,9 @@ class Suite:
 
     @property
     def hash(self) -> str:
-        """sha256 of ids, labels and prompts, and of groups, wrappers, prefills and references where there are any: two
-        runs with the same hash asked the same.
-        """
-        rows = []
-        for item in self.items:
-            extra = {name: value for name in _HASHED if (value := getattr(item, name)) is not None}
-            rows.append((item.id, item.label, item.prompt, *([extra] if extra else [])))
-        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+        """sha256 of all that the suite asks: two with the same hash give the same rows."""
+        rows = [list(vars(item).values()) for item in self.items]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
     @property
     def groups(self) -> dict[str, list[Item]]:
