@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-fragile")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--alignment", type=Path)
-    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--batches", default="1,8,32", help="none: only the queue, into decoding_queue.json")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--few-from", type=int, default=32, help="from this batch on leave out the less asked for")
@@ -267,7 +267,8 @@ def main() -> None:
         return
     other = merged(model, whole.guidance.guide.patch)
     table: dict[str, Any] = {}
-    for batch in map(int, args.batches.split(",")):
+    batches = [] if args.batches == "none" else [int(batch) for batch in args.batches.split(",")]
+    for batch in batches:
         rows: dict[str, Any] = {}
         for group in systems_for(batch, args, model, tokenizer, whole, other).values():
             names = [n for n in group if not args.systems or n.startswith("generate") or n in args.systems.split(";")]
@@ -293,17 +294,18 @@ def main() -> None:
     }
     result = {"command": command(), "facts": facts, "tokens": args.tokens, "repeats": args.repeats, "batches": table}
     if args.queue:
-        exact = pa.Alignment("bench", [whole.guidance])
-        rows = {"no alignment": None, "adapter guide": exact}
+        kinds = {"no alignment": None, "adapter guide": pa.Alignment("bench", [whole.guidance])}
+        asked = args.systems.split(";") if args.systems and not batches else list(kinds)
         result["queue"] = {
-            name: queue(model, tokenizer, one, args.queue, args.queue_rows) for name, one in rows.items()
-        }
+            name: queue(model, tokenizer, kinds[name], args.queue, args.queue_rows) for name in asked
+        } | {"prompts": args.queue, "rows": args.queue_rows, "dtype": args.dtype}
         print(json.dumps(result["queue"]), flush=True)
     if args.memory:
         result["memory"] = memory(args)
         print(json.dumps(result["memory"]), flush=True)
-    if not args.systems:
-        write_whole(RESULTS / "decoding.json", json.dumps(result, indent=1) + "\n")
+    if not batches or not args.systems:
+        name = "decoding.json" if batches else "decoding_queue.json"
+        write_whole(RESULTS / name, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,27 +37,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="prompts of each label from each suite")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the report goes")
     args = parser.parse_args()
     data, runs = args.data, []
     fitted_on = ("--data", "starter", "--harmful", f"{data / 'advbench.jsonl'}[:400]")
+    dtype = ("--dtype", args.dtype)
     for model in args.models.split(","):
         folder = args.out / model
         if not (folder / "SafeInfer" / "alignment.json").exists():
-            postalign("fit", "safeinfer", model, *fitted_on, "--out", folder / "SafeInfer")
+            postalign("fit", "safeinfer", model, *fitted_on, *dtype, "--out", folder / "SafeInfer")
         if not (folder / "SafePatching" / "alignment.json").exists():
             preset = ("--set", f"preset={PRESETS.get(model, 'published')}")
-            postalign(
-                "fit",
-                "safepatching",
-                model,
-                *fitted_on,
-                *preset,
-                "--dtype",
-                "bfloat16",
-                "--out",
-                folder / "SafePatching",
-            )
+            postalign("fit", "safepatching", model, *fitted_on, *preset, *dtype, "--out", folder / "SafePatching")
         runs.append(folder / "run")
         suites = ("--harmful", f"{data / 'advbench.jsonl'}[400:520]", "--harmful", data / "harmbench_val.jsonl")
         suites += ("--suite", data / "xstest_dev.jsonl", "--benign", data / "oktest_dev.jsonl")
@@ -65,7 +57,7 @@ def main() -> None:
         wrappers = [word for name in WRAPPERS for word in ("--wrap", name)]
         size = ("--limit", args.limit, "--max-new-tokens", args.max_new_tokens, "--batch-size", args.batch_size)
         judges = ("--judge", "rules", "--judge", "embedded")
-        postalign("eval", model, *systems, *suites, *wrappers, *judges, *size, "--out", runs[-1])
+        postalign("eval", model, *dtype, *systems, *suites, *wrappers, *judges, *size, "--out", runs[-1])
     for kind in ("html", "md", "csv"):
         postalign("report", *runs, "--figures-only", "--out", args.docs / f"example_report.{kind}")
 

@@ -19,7 +19,7 @@ from .stream import Stream
 
 MOST = 8  # tokens drafted at once
 LASTING = 0.9  # of what earlier rounds said of how often a draft stands
-EXTRA = 0.05  # what each token after the first costs in the guide's pass, of a pass (benchmarks/products.py)
+FIXED = 30  # what a pass costs whatever it reads, in tokens (benchmarks/products.py)
 
 
 class Speculation:
@@ -28,11 +28,10 @@ class Speculation:
     def __init__(self) -> None:
         self.stood, self.judged = 1.0, 2.0  # a coin, until more is known
 
-    @property
-    def drafts(self) -> int:
+    def drafts(self, rows: int) -> int:
         """The number that gives the most tokens for the time of that many passes and one of the guide."""
         p = min(self.stood / self.judged, 0.999)
-        guide = {k: 1 + EXTRA * (k - 1) for k in range(1, MOST + 1)}
+        guide = {k: (FIXED + rows * k) / (FIXED + rows) for k in range(1, MOST + 1)}
         speeds = {k: (1 - p**k) / (1 - p) / (k + passes) for k, passes in guide.items()}
         return max(speeds, key=lambda k: speeds[k])
 
@@ -53,7 +52,8 @@ class Speculation:
         """Append `tokens` `[rows]`; 1 to `most` tokens that follow, for each row. The last of them is not read yet."""
         state, guidance = stream.state, stream.guidance
         assert state.rows is not None and state.other is not None and stream.other is not None and guidance is not None
-        count, guided = max(1, min(self.drafts, most)), state.guided
+        guided = state.guided
+        count = max(1, min(self.drafts(len(guided)), most))
         read, own = [tokens], []
         for ahead in range(count):
             own.append(stream.branches.extend(state.rows, read[-1].unsqueeze(1))[:, -1])

@@ -20,7 +20,7 @@ from .guide import first_word, first_words, own_openings
 Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
-BATCH = 32
+BATCH = 64
 MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 3  # words of a refusal that the model goes on from
 HEADS = 8  # ways to begin a refusal
@@ -203,12 +203,11 @@ def _answers(
 
 
 def balanced(pairs: Sequence[Pair], rows: Data) -> list[Pair]:
-    """The pairs, with those of a rare category of `rows` several times: as often as brings it to the categories' mean
-    size, and four times at most."""
+    """The pairs, with those of a rare category of `rows` several times: as often as brings it to the size of the
+    largest, and four times at most."""
     category = {row.prompt: row.category for row in rows}
     sizes = Counter(category.get(prompt) for prompt, _ in pairs)
-    mean = len(pairs) / max(1, len(sizes))
-    times = {name: max(1, min(MOST, round(mean / size))) for name, size in sizes.items()}
+    times = {name: min(MOST, round(max(sizes.values()) / size)) for name, size in sizes.items()}
     return [pair for pair in pairs for _ in range(times[category.get(pair[0])])]
 
 

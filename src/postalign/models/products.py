@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-FEW = 4  # rows up to which the product turned over is the quicker one
+FEW, SHORT = 4, 1000  # rows and inputs up to which the product turned over is the quicker one
 _users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -38,7 +38,7 @@ def _vendor() -> str:
 def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W' + b`, float32 on a CPU, without a gradient: x `[..., in]`, weight `[out, in]`, bias `[out]` or None."""
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= FEW:
+    if not 0 < rows <= FEW or x.shape[-1] > SHORT:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     flat = x.reshape(rows, -1)
     if rows == 1:  # a product with a vector is the slow one
