@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/example"))
     parser.add_argument("--models", default="smollm2-fragile,smollm2")
-    parser.add_argument("--limit", type=int, default=32, help="prompts of each label from each suite")
+    parser.add_argument("--limit", type=int, default=24, help="prompts of each label from each suite")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
