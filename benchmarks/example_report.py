@@ -58,7 +58,7 @@ def main() -> None:
         size = ("--limit", args.limit, "--max-new-tokens", args.max_new_tokens, "--batch-size", args.batch_size)
         judges = ("--judge", "rules", "--judge", "embedded")
         postalign("eval", model, *dtype, *systems, *suites, *wrappers, *judges, *size, "--out", runs[-1])
-    for kind in ("html", "md", "csv"):
+    for kind in ("html", "md"):
         postalign("report", *runs, "--figures-only", "--out", args.docs / f"example_report.{kind}")
 
 
