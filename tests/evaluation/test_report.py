@@ -186,6 +186,16 @@ def test_two_runs_on_one_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {row["base"] for row in data.tables["comparisons"]} == {"run/base"}
 
 
+def test_runs_of_the_same_name_are_told_apart_by_the_folder_above(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeEngine())
+    other = run.parent / "model" / run.name
+    evaluate(None, None, {"base": None}, [suite()], out=other)
+    write_report([run, other], run.parent / "both.html")
+    systems = rows_in((run.parent / "both.html").read_text(encoding="utf-8"))["systems"]
+    assert systems == [f"{run.parent.name}/run/base", "mine <&>", "model/run/base"]
+    write_report([run, run], run.parent / "twice.html")  # its own fault, and no endless search
+
+
 def test_an_unfinished_run_is_shown_as_such(run: Path) -> None:
     _, whole = page_of(run)
     (run / "summary.json").unlink()

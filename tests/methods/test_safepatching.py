@@ -667,7 +667,7 @@ def test_rare_categories_stand_several_times() -> None:
     rows = Data([Prompt(f"{name} {i}", "benign", category=name) for name, size in sizes.items() for i in range(size)])
     pairs = [(row.prompt, "Yes.") for row in rows]
     counts = Counter(prompt.split()[0] for prompt, _ in balanced(pairs, rows))
-    assert counts == {"many": 20, "some": 16, "few": 4, "None": 12}  # towards 20; 4 times is the most
+    assert counts == {"many": 20, "some": 8, "few": 4, "None": 9}  # 8 is their mean size, 4 times is the most
     assert set(balanced(pairs, rows)) == set(pairs)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def write_report(
     kinds: dict[str, Callable[[Joined], str]] = {".md": as_markdown, ".csv": as_csv}
     if out.suffix not in (".html", *kinds):
         raise UsageError(f"{out} is of no known kind: name a file that ends in .html, .md or .csv.")
-    loaded = [read_run(Path(run)) for run in runs]
+    folders = [Path(run) for run in runs]
+    loaded = [replace(read_run(folder), name=name) for folder, name in zip(folders, _told_apart(folders), strict=True)]
     if not loaded:
         raise UsageError("no run given: name a folder that `postalign eval` made.")
     data = joined(loaded)
@@ -61,6 +63,16 @@ def write_report(
         text = _page(data, title or "How safe, how prudish: " + ", ".join(data.models), rows)
     write_whole(out, text)
     return out
+
+
+def _told_apart(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of those above them as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [folder.name for folder in folders]
 
 
 def _page(data: Joined, title: str, rows: dict[str, Any]) -> str:

@@ -144,18 +144,16 @@ class Derivation:
         return self._harmful
 
     def _refusals(self, count: int) -> list[Pair]:
-        return self._taken(self._all_refusals, count)
+        pairs = self._all_refusals[:count]
+        return balanced(pairs, self.rows) if self.config.balance else pairs
 
     def _answers(self, count: int) -> list[Pair]:
         """Harmless prompts that the model refuses, answered."""
-        return self._taken(self._benign[0], count)
+        return self._benign[0][:count]
 
     def _kept(self, count: int) -> list[Pair]:
         """Harmless prompts that the model answers, and what it says."""
-        return self._taken(self._benign[1], count)
-
-    def _taken(self, pairs: list[Pair], count: int) -> list[Pair]:
-        return balanced(pairs[:count], self.rows) if self.config.balance else pairs[:count]
+        return self._benign[1][:count]
 
     @functools.cached_property
     def _all_refusals(self) -> list[Pair]:

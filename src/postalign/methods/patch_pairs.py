@@ -203,11 +203,12 @@ def _answers(
 
 
 def balanced(pairs: Sequence[Pair], rows: Data) -> list[Pair]:
-    """The pairs, with those of a rare category of `rows` several times: as often as brings it to the size of the
-    largest, and four times at most."""
+    """The pairs, with those of a rare category of `rows` several times: as often as brings it to the categories' mean
+    size, and four times at most."""
     category = {row.prompt: row.category for row in rows}
     sizes = Counter(category.get(prompt) for prompt, _ in pairs)
-    times = {name: min(MOST, round(max(sizes.values()) / size)) for name, size in sizes.items()}
+    mean = len(pairs) / max(1, len(sizes))
+    times = {name: max(1, min(MOST, round(mean / size))) for name, size in sizes.items()}
     return [pair for pair in pairs for _ in range(times[category.get(pair[0])])]
 
 

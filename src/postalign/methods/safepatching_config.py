@@ -18,12 +18,12 @@ KINDS = ("safety", "over_safety")
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
-        **{"pairs": 1000, "kl_pairs": 1000, "pair_tokens": 48, "head_tokens": 12, "rest_weight": 1.0, "balance": True},
+        **{"pairs": 1000, "kl_pairs": 1000, "pair_tokens": 48, "head_tokens": 12, "rest_weight": 0.5, "balance": True},
         **{"batch_size": 8, "micro_batch": 8, "beside": 0.75, "schedule": "linear", "untouched": 0.5, "p": 1.0},
-        **{"safety": "refusal", "refusals": "own", "benign_weight": 2.0, "safety_kl_weight": 3.0},
-        **{"safety_steps": 40, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
+        **{"safety": "refusal", "refusals": "own", "benign_weight": 1.0, "safety_kl_weight": 3.0},
+        **{"safety_steps": 60, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
         **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "importance": "magnitude"},
-        **{"a": 0.065, "b": 0.01, "alpha": 1.0, "beta": 1.0, "refine_steps": 160, "refine_learning_rate": 2.5e-4},
+        **{"a": 0.07, "b": 0.005, "alpha": 1.0, "beta": 1.0, "refine_steps": 120, "refine_learning_rate": 2e-4},
     },
 }
 DEFAULT = "published"
@@ -51,7 +51,7 @@ class SafePatchingConfig(BaseModel):
         "the others together count `rest_weight` times; None: all alike",
     )
     rest_weight: float = Field(0.3, ge=0, description="see head_tokens")
-    balance: bool = Field(False, description="refusals and harmless answers of rare categories several times")
+    balance: bool = Field(False, description="refusals of rare categories several times")
     schedule: Literal["constant", "linear"] = Field("constant", description="of the learning rates: see TrainSettings")
     safety: Literal["ascent", "npo", "refusal"] = Field(
         "ascent", description="paper: ascent on harmful pairs. npo: bounded by itself. refusal: descent on refusals"
