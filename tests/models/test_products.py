@@ -113,3 +113,10 @@ def test_threads_come_and_go():
     for thread in threads:
         thread.join()
     assert not wrong and not any("forward" in vars(layer) for layer in layers(model))
+
+
+def test_the_trial_of_a_model_leaves_it_as_it_was(monkeypatch):
+    monkeypatch.setattr(branches, "slow_products", lambda: True)
+    model = tiny_model("llama")
+    assert branches.shape_of(model).forks
+    assert not any("forward" in vars(layer) for layer in layers(model))
