@@ -66,14 +66,12 @@ def refusal_pairs(
     bare = [row.prompt for row in order if not row.response]
     heads = [" ".join(row.response.split()[:OPENING]) for row in rows.harmful if row.response]
     rng = random.Random(seed)
-    for begin in range(0, len(bare) if heads else 0, BATCH):
-        chosen = bare[begin : begin + BATCH]
-        openings = rng.choices(heads, k=len(chosen))
-        answers = _answers(model, tokenizer, chosen, openings, new_tokens)
-        for prompt, (answer, ended) in zip(chosen, answers, strict=True):
-            if judge is None or judge(prompt, answer) == "refusal":
-                pairs.append((prompt, (answer if ended else whole_sentences(answer) or answer) + end))
-        on_progress("refusals of harmful prompts", min(begin + BATCH, len(bare)), len(bare))
+    openings = rng.choices(heads, k=len(bare)) if heads else []
+    told = "refusals of harmful prompts"
+    answers = _answers(model, tokenizer, bare if heads else [], openings, new_tokens, told, on_progress)
+    for prompt, (answer, ended) in zip(bare, answers, strict=bool(heads)):
+        if judge is None or judge(prompt, answer) == "refusal":
+            pairs.append((prompt, (answer if ended else whole_sentences(answer) or answer) + end))
     return pairs
 
 
@@ -93,12 +91,12 @@ def own_refusals(
     What a model says anyway is quickly learned, and carries over to prompts of other kinds. No end of turn follows a
     refusal that `new_tokens` cuts off. Empty for a model that refuses nothing.
     """
-    told, rng = "the model's own refusals", random.Random(seed)
+    rng = random.Random(seed)
     prompts = [row.prompt for row in _some(list(rows.harmful), len(rows.harmful), seed)[:count]]
     refusing = first_words(row.response for row in rows.harmful if row.response)
 
-    def refused(chosen: Sequence[str], openings: Sequence[str]) -> list[Pair]:
-        replies = _answers(model, tokenizer, chosen, openings, new_tokens)
+    def refused(chosen: Sequence[str], openings: Sequence[str], told: str) -> list[Pair]:
+        replies = _answers(model, tokenizer, chosen, openings, new_tokens, told, on_progress)
         kept = []
         for prompt, (reply, ended) in zip(chosen, replies, strict=True):
             if first_word(reply) in refusing if judge is None else judge(prompt, reply) == "refusal":
@@ -106,19 +104,12 @@ def own_refusals(
         return kept
 
     end = end_of_turn(tokenizer) or ""
-    pairs: list[Pair] = []
-    for begin in range(0, len(prompts), BATCH):
-        chosen = prompts[begin : begin + BATCH]
-        pairs += refused(chosen, [""] * len(chosen))
-        on_progress(told, begin + len(chosen), len(prompts))
+    pairs = refused(prompts, [""] * len(prompts), "the model's own refusals")
     heads = Counter(" ".join(reply.split()[:OPENING]) for _, reply in pairs).most_common(HEADS)
     done = {prompt for prompt, _ in pairs}
-    left = [prompt for prompt in prompts if prompt not in done]
-    for begin in range(0, len(left) if heads else 0, BATCH):
-        chosen = left[begin : begin + BATCH]
-        pairs += refused(chosen, rng.choices([h for h, _ in heads], [n for _, n in heads], k=len(chosen)))
-        on_progress("refusals where it refuses not", begin + len(chosen), len(left))
-    return pairs
+    left = [prompt for prompt in prompts if prompt not in done] if heads else []
+    openings = rng.choices([h for h, _ in heads], [n for _, n in heads], k=len(left)) if heads else []
+    return pairs + refused(left, openings, "refusals where it refuses not")
 
 
 def benign_pairs(
@@ -141,16 +132,15 @@ def benign_pairs(
     end, refusing = end_of_turn(tokenizer) or "", first_words(row.response for row in rows.harmful if row.response)
     kept: list[Pair] = []
     refused: list[Prompt] = []
-    for begin in range(0, len(order), BATCH):
-        chosen = order[begin : begin + BATCH]
-        replies = _answers(model, tokenizer, [row.prompt for row in chosen], [""] * len(chosen), new_tokens)
-        for row, (reply, ended) in zip(chosen, replies, strict=True):
-            refuses = first_word(reply) in refusing if judge is None else judge(row.prompt, reply) == "refusal"
-            if refuses:
-                refused.append(row)
-            elif reply.strip() and (judge is None or judge(row.prompt, reply) == "compliance"):
-                kept.append((row.prompt, reply + (end if ended else "")))
-        on_progress("replies to harmless prompts", min(begin + BATCH, len(order)), len(order))
+    told = "replies to harmless prompts"
+    prompts = [row.prompt for row in order]
+    replies = _answers(model, tokenizer, prompts, [""] * len(order), new_tokens, told, on_progress)
+    for row, (reply, ended) in zip(order, replies, strict=True):
+        refuses = first_word(reply) in refusing if judge is None else judge(row.prompt, reply) == "refusal"
+        if refuses:
+            refused.append(row)
+        elif reply.strip() and (judge is None or judge(row.prompt, reply) == "compliance"):
+            kept.append((row.prompt, reply + (end if ended else "")))
     given = [(row.prompt, row.response + end) for row in refused if row.response]
     bare = [row.prompt for row in refused if not row.response]
     told = "answers to harmless prompts"
@@ -185,7 +175,7 @@ def _made(
             break
         chosen = prompts[begin : begin + BATCH]
         openings = own_openings(model, tokenizer, chosen, refusals, [rng.random() for _ in chosen])
-        answers = _answers(model, tokenizer, chosen, openings, new_tokens)
+        answers = _answers(model, tokenizer, chosen, openings, new_tokens, told, lambda *_: None)
         for prompt, (answer, ended) in zip(chosen, answers, strict=True):
             if answer.strip() and (judge is None or judge(prompt, answer) == "compliance"):
                 pairs.append((prompt, answer + end if ended else whole_sentences(answer) or answer))
@@ -194,10 +184,26 @@ def _made(
 
 
 def _answers(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], openings: Sequence[str], new_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    openings: Sequence[str],
+    new_tokens: int,
+    told: str,
+    on_progress: Progress,
 ) -> list[tuple[str, bool]]:
-    """Each opening with the model's own words after it, and whether these came to an end within `new_tokens`."""
-    texts = greedy(model, tokenizer, prompts, new_tokens, openings)
+    """Each opening with the model's own words after it, and whether these came to an end within `new_tokens`.
+
+    Prompts of like length stand in one batch: little is padded.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    for begin in range(0, len(order), BATCH):
+        chosen = order[begin : begin + BATCH]
+        said = greedy(model, tokenizer, [prompts[i] for i in chosen], new_tokens, [openings[i] for i in chosen])
+        for i, text in zip(chosen, said, strict=True):
+            texts[i] = text
+        on_progress(told, begin + len(chosen), len(order))
     lengths = [len(token_ids(tokenizer, text, beginning=False)) for text in texts]
     return [(o + text, length < new_tokens) for o, text, length in zip(openings, texts, lengths, strict=True)]
 
