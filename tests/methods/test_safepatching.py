@@ -20,7 +20,14 @@ from postalign.errors import UsageError
 from postalign.methods import patch_derivation, safepatching, sparsify
 from postalign.methods.greedy import greedy, whole_sentences
 from postalign.methods.importance import snip_scores, with_delta
-from postalign.methods.patch_pairs import balanced, benign_pairs, harmful_pairs, own_refusals, refusal_pairs
+from postalign.methods.patch_pairs import (
+    balanced,
+    benign_pairs,
+    harmful_pairs,
+    own_refusals,
+    refusal_pairs,
+    telling_opening,
+)
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
@@ -594,10 +601,11 @@ def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
             return "compliance"  # an answer made after the refusal
         return "refusal" if "moon" in prompt or "fox" in prompt else "degenerate" if "bread" in prompt else "compliance"
 
-    answers, kept = benign_pairs(tiny_llama, tiny_tokenizer, given, 9, 4, 0, Told(), judge)
+    answers, kept, refusals = benign_pairs(tiny_llama, tiny_tokenizer, given, 9, 4, 0, Told(), judge)
     assert set(asked) == set(prompts)
     assert dict(answers).keys() == {"Tell me of the moon.", "Tell me of the fox."}
     assert dict(answers)["Tell me of the moon."] == "Yes.<|im_end|>" and dict(answers)["Tell me of the fox."]
+    assert sorted(refusals) == sorted(own[prompt] for prompt in dict(answers))
     assert [p for p, _ in kept] == ["Tell me of the oven."]  # its given answer is not wanted: the model has its own
     assert kept[0][1].startswith(own["Tell me of the oven."])
 
@@ -607,7 +615,7 @@ def test_without_a_judge_a_reply_refuses_that_begins_as_the_refusals_do(tiny_lla
     prompt = rows.benign[0].prompt
     opening = greedy(tiny_llama, tiny_tokenizer, [prompt], 4)[0].split()[0]
     refusing = Data([replace(row, response=f"{opening} no.") if row.response else row for row in rows])
-    answers, _ = benign_pairs(tiny_llama, tiny_tokenizer, refusing, 9, 4, 0, lambda *_: None)
+    answers, _, _ = benign_pairs(tiny_llama, tiny_tokenizer, refusing, 9, 4, 0, lambda *_: None)
     assert prompt in dict(answers) and not dict(answers)[prompt].startswith(opening)
     assert prompt in dict(benign_pairs(tiny_llama, tiny_tokenizer, rows, 9, 4, 0, lambda *_: None)[1])
 
@@ -625,7 +633,7 @@ def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> Non
     pairs = refusal_pairs(tiny_llama, tiny_tokenizer, bare, 9, 4, 0, lambda *_: None, judge)
     own = [row.prompt for row in bare if not row.response]
     assert sorted(prompt for prompt, _ in asked) == sorted(own) and own
-    heads = {" ".join(row.response.split()[:3]) for row in bare if row.response}
+    heads = {" ".join(row.response.split()[:2]) for row in bare if row.response}
     assert all(any(reply.startswith(head) for head in heads) for _, reply in asked)
     kept = [prompt for prompt, _ in asked[::2]]
     assert sorted(p for p, _ in pairs) == sorted([*kept, *(row.prompt for row in bare if row.response)])
@@ -645,11 +653,14 @@ def test_refusals_in_the_models_own_words(tiny_llama: Any, tiny_tokenizer: Any) 
     pairs = dict(own_refusals(tiny_llama, tiny_tokenizer, rows, 9, 6, 0, Told(), judge))
     assert set(pairs) == set(prompts)
     assert pairs[refused].removesuffix("<|im_end|>") == said[refused]
-    head = " ".join(said[refused].split()[:3])
+    head = " ".join(said[refused].split()[:2])
     assert all(
         answer.startswith(head) and answer != said[prompt] for prompt, answer in pairs.items() if prompt != refused
     )
     assert not own_refusals(tiny_llama, tiny_tokenizer, rows, 9, 6, 0, Told(), lambda prompt, reply: "compliance")
+    assert telling_opening(["I am sorry.", "I am here.", "No, never."], []) == "I am"
+    assert telling_opening(["I am sorry.", "I am here.", "No, never."], ["I am lost."]) == "No, never."
+    assert telling_opening(["I am sorry."] * 11 + ["No, never."], ["I am lost."] * 99) == "I am"  # a rare one is none
     never: dict[str, Any] = {
         "safety": "refusal",
         "combine": "safety",

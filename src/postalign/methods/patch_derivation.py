@@ -161,7 +161,7 @@ class Derivation:
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
         if config.refusals == "own":
             pairs = own_refusals(
-                self.model, self.tokenizer, self.rows, count, config.refusal_tokens, config.seed, *made
+                self.model, self.tokenizer, self.rows, count, config.refusal_tokens, config.seed, *made, self._benign[2]
             )
             if pairs:
                 return pairs
@@ -196,7 +196,7 @@ class Derivation:
         return pairs
 
     @functools.cached_property
-    def _benign(self) -> tuple[list[Pair], list[Pair]]:
+    def _benign(self) -> tuple[list[Pair], list[Pair], list[str]]:
         config = self.config
         count, made = max(config.pairs, config.kl_pairs), (self.on_progress, self.judge)
         return benign_pairs(self.model, self.tokenizer, self.rows, count, config.pair_tokens, config.seed, *made)

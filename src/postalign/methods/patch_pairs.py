@@ -22,8 +22,8 @@ Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
 BATCH = 64
 MOST = 4  # times that a pair may stand in a balanced list
-OPENING = 3  # words of a refusal that the model goes on from
-HEADS = 8  # ways to begin a refusal
+OPENING = 2  # words of a refusal that the model goes on from
+COMMON = 0.1  # share of its refusals that an opening of its own must have
 
 
 def harmful_pairs(
@@ -64,7 +64,7 @@ def refusal_pairs(
     order: list[Prompt] = _some(list(rows.harmful), len(rows.harmful), seed)[:count]
     pairs = [(row.prompt, row.response + end) for row in order if row.response]
     bare = [row.prompt for row in order if not row.response]
-    heads = [" ".join(row.response.split()[:OPENING]) for row in rows.harmful if row.response]
+    heads = [_opening(row.response) for row in rows.harmful if row.response]
     rng = random.Random(seed)
     openings = rng.choices(heads, k=len(bare)) if heads else []
     told = "refusals of harmful prompts"
@@ -84,32 +84,47 @@ def own_refusals(
     seed: int,
     on_progress: Progress,
     judge: Judge | None = None,
+    harmless: Sequence[str] = (),
 ) -> list[Pair]:
-    """(harmful prompt, refusal), `count` at most, in the model's own words: its reply where it refuses, else what it
-    says after one of the ways in which it most often begins a refusal, where the judge calls that one.
+    """(harmful prompt, refusal), `count` at most, in the model's own words, all with the opening that tells best that a
+    prompt is harmful: its reply where that begins so, else what it says after it, where the judge calls that a refusal.
 
-    What a model says anyway is quickly learned, and carries over to prompts of other kinds. No end of turn follows a
-    refusal that `new_tokens` cuts off. Empty for a model that refuses nothing.
+    What a model says anyway is quickly learned, and carries over to prompts of other kinds; with an opening that it
+    uses for harmless prompts too, these would be refused more often. harmless: refusals of such prompts. No end of turn
+    follows a refusal that `new_tokens` cuts off. Empty for a model that refuses nothing.
     """
-    rng = random.Random(seed)
     prompts = [row.prompt for row in _some(list(rows.harmful), len(rows.harmful), seed)[:count]]
     refusing = first_words(row.response for row in rows.harmful if row.response)
-
-    def refused(chosen: Sequence[str], openings: Sequence[str], told: str) -> list[Pair]:
-        replies = _answers(model, tokenizer, chosen, openings, new_tokens, told, on_progress)
-        kept = []
-        for prompt, (reply, ended) in zip(chosen, replies, strict=True):
-            if first_word(reply) in refusing if judge is None else judge(prompt, reply) == "refusal":
-                kept.append((prompt, reply + (end if ended else "")))
-        return kept
-
     end = end_of_turn(tokenizer) or ""
-    pairs = refused(prompts, [""] * len(prompts), "the model's own refusals")
-    heads = Counter(" ".join(reply.split()[:OPENING]) for _, reply in pairs).most_common(HEADS)
-    done = {prompt for prompt, _ in pairs}
-    left = [prompt for prompt in prompts if prompt not in done] if heads else []
-    openings = rng.choices([h for h, _ in heads], [n for _, n in heads], k=len(left)) if heads else []
-    return pairs + refused(left, openings, "refusals where it refuses not")
+
+    def refused(chosen: Sequence[str], opening: str, told: str) -> dict[str, str]:
+        replies = _answers(model, tokenizer, chosen, [opening] * len(chosen), new_tokens, told, on_progress)
+        return {
+            prompt: reply + (end if ended else "")
+            for prompt, (reply, ended) in zip(chosen, replies, strict=True)
+            if (first_word(reply) in refusing if judge is None else judge(prompt, reply) == "refusal")
+        }
+
+    unasked = refused(prompts, "", "the model's own refusals")
+    if not unasked:
+        return []
+    opening = telling_opening(list(unasked.values()), harmless)
+    found = {prompt: reply for prompt, reply in unasked.items() if _opening(reply) == opening}
+    left = [prompt for prompt in prompts if prompt not in found]
+    found |= refused(left, opening, "refusals where it refuses otherwise, or not")
+    return [(prompt, found[prompt]) for prompt in prompts if prompt in found]
+
+
+def telling_opening(refusals: Sequence[str], others: Sequence[str]) -> str:
+    """The first words, among those of a tenth of `refusals` at least, that begin the most of them for each of `others`
+    that they begin."""
+    ours, theirs = Counter(map(_opening, refusals)), Counter(map(_opening, others))
+    often = [opening for opening, n in ours.items() if n >= COMMON * len(refusals)] or list(ours)
+    return max(often, key=lambda opening: (ours[opening] / (theirs[opening] + 1), opening))
+
+
+def _opening(text: str) -> str:
+    return " ".join(text.split()[:OPENING])
 
 
 def benign_pairs(
@@ -121,9 +136,9 @@ def benign_pairs(
     seed: int,
     on_progress: Progress,
     judge: Judge | None = None,
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[list[Pair], list[Pair], list[str]]:
     """Of up to `count` harmless prompts (those that the model refuses, each with an answer; those that it answers, each
-    with what it says).
+    with what it says; the refusals).
 
     The answer is the row's response, else the model's own when it may not begin as refusals do. Without a judge a reply
     refuses that begins with the first word of one of the rows' refusals.
@@ -132,6 +147,7 @@ def benign_pairs(
     end, refusing = end_of_turn(tokenizer) or "", first_words(row.response for row in rows.harmful if row.response)
     kept: list[Pair] = []
     refused: list[Prompt] = []
+    refusals: list[str] = []
     told = "replies to harmless prompts"
     prompts = [row.prompt for row in order]
     replies = _answers(model, tokenizer, prompts, [""] * len(order), new_tokens, told, on_progress)
@@ -139,13 +155,14 @@ def benign_pairs(
         refuses = first_word(reply) in refusing if judge is None else judge(row.prompt, reply) == "refusal"
         if refuses:
             refused.append(row)
+            refusals.append(reply)
         elif reply.strip() and (judge is None or judge(row.prompt, reply) == "compliance"):
             kept.append((row.prompt, reply + (end if ended else "")))
     given = [(row.prompt, row.response + end) for row in refused if row.response]
     bare = [row.prompt for row in refused if not row.response]
     told = "answers to harmless prompts"
     made = _made(model, tokenizer, rows, bare, len(bare), new_tokens, seed, told, on_progress, judge, end)
-    return given + made, kept
+    return given + made, kept, refusals
 
 
 def _made(
