@@ -23,6 +23,7 @@ from postalign.methods.importance import snip_scores, with_delta
 from postalign.methods.patch_pairs import (
     balanced,
     benign_pairs,
+    emphasised,
     harmful_pairs,
     own_refusals,
     refusal_pairs,
@@ -710,6 +711,40 @@ def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_
             return float(row_losses(tiny_llama, batch).mean())
 
     assert loss(refined) < loss(plain) - 0.02
+
+
+def test_what_the_patch_gets_wrong_comes_more_often(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each part of the refinement, by the replies of the model that the patch at its beginning makes."""
+    answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
+    seen: list[tuple[Any, list[Any], list[Any]]] = []
+
+    def train(model: Any, tokenizer: Any, pairs: Any, settings: Any, **others: Any) -> Any:
+        if others.get("at") is not None:
+            seen.append((others["at"], pairs, others["wanted"]))
+        return train_delta(model, tokenizer, pairs, settings, **others)
+
+    monkeypatch.setattr("postalign.methods.patch_derivation.train_delta", train)
+    settings: dict[str, Any] = {
+        **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
+        **{"effect_prompts": 0, "refine_steps": 6, "refine_learning_rate": 1e-2},
+        # it refuses all that is harmful but one, and answers all that is harmless but one, once a patch is there
+        "judge": lambda prompt, reply: "refusal" if ("harm" in prompt) == (prompt not in odd) else "compliance",
+    }
+    fit_rows = answered.split("fit")
+    odd = {fit_rows.harmful[0].prompt, fit_rows.benign[0].prompt}
+    alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=2, **settings)
+    assert alignment.info["training"]["refined_steps"] == 6
+    (first, pairs, wanted), (second, _, _) = seen
+    assert not same(first.state()[1], second.state()[1])  # the second part starts from where the first one ended
+    counts = Counter(prompt for prompt, _ in pairs), Counter(prompt for prompt, _ in wanted)
+    asked = len(counts[0])
+    assert counts[0].pop(fit_rows.harmful[0].prompt) == 1 + asked  # half of all, besides once among the rest
+    assert counts[1].pop(fit_rows.benign[0].prompt) > 1
+    assert set(counts[0].values()) == {1}
+    assert emphasised(["a", "b", "c"], ["c"]) == ["a", "b", "c", "c", "c", "c"]
+    assert emphasised(["a"], []) == ["a"]
 
 
 def test_the_lowest_blocks_can_be_left_alone(tiny_llama: Any, tiny_tokenizer: Any) -> None:

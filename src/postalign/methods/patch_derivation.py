@@ -18,13 +18,24 @@ from typing import Any
 from torch import nn
 
 from ..data.records import Data
-from ..edits import SparsePatch
+from ..edits import Control, SparsePatch
+from ..edits.edit import attach_all
 from ..errors import PostalignError, UsageError
 from ..models.anatomy import anatomy
 from ..models.shards import FolderWeights, Weights
 from ..training import TrainSettings, train_delta, trained_names, training_history
 from .importance import snip_scores, with_delta
-from .patch_pairs import Judge, Pair, balanced, benign_pairs, harmful_pairs, own_refusals, refusal_pairs
+from .patch_pairs import (
+    Judge,
+    Pair,
+    balanced,
+    benign_pairs,
+    emphasised,
+    harmful_pairs,
+    own_refusals,
+    refusal_pairs,
+    wrong,
+)
 from .safepatching_config import SafePatchingConfig
 
 Progress = Callable[[str, int, int], None]
@@ -84,33 +95,59 @@ class Derivation:
             "answer_loss_last": history.answer_losses[-1],
         }
 
-    def refined(self, patch: SparsePatch) -> tuple[Weights, dict[str, Any]]:
+    def refined(self, patch: SparsePatch, part: int = 0) -> tuple[Weights, dict[str, Any]]:
         """The merged patch trained on, at its own weights only: refusals of harmful prompts, answers to harmless ones
-        that the model refuses, and no other replies to those that it answers."""
+        that the model refuses, and no other replies to those that it answers. What the patch still does wrong comes
+        more often. part: of `refine_parts`, from 0."""
         config, told = self.config, "refining the merged patch"
+        begin, end = (config.refine_steps * i // config.parts for i in (part, part + 1))
         settings = self._settings("safety").model_copy(
             update={
                 "direction": "descent",
-                "steps": config.refine_steps,
+                "steps": end - begin,
                 "learning_rate": config.refine_learning_rate,
                 "wanted_weight": config.benign_weight,
             }
         )
-        place = self._place("refined", "safety", list(type(config).model_fields))
+        refusals = self._refusals(config.pairs)
+        answers = self._answers(config.pairs) if config.benign_weight else []
+        if config.parts > 1 and self.judge is not None:
+            complied, refused = self._mistakes(patch)
+            refusals = emphasised(refusals, complied)
+            answers = emphasised(answers, refused) if config.benign_weight else answers
+        place = self._place(f"refined-{part}", "safety", list(type(config).model_fields))
         delta = train_delta(
             self.model,
             self.tokenizer,
-            self._refusals(config.pairs),
+            refusals,
             settings,
             workdir=place,
             benign=self._held("safety") if settings.kl_weight else (),
-            wanted=self._answers(config.pairs) if config.benign_weight else (),
+            wanted=answers,
             at=patch,
-            on_step=lambda step, steps, _, loss: self.on_progress(f"{told} | loss {loss:.2f}", step, steps),
+            on_step=lambda step, _, __, loss: self.on_progress(
+                f"{told} | loss {loss:.2f}", begin + step, config.refine_steps
+            ),
         )
         history = training_history(place)
-        self.on_progress(told, config.refine_steps, config.refine_steps)
-        return FolderWeights(delta), {"steps": history.step, "answer_loss_last": history.answer_losses[-1]}
+        self.on_progress(told, end, config.refine_steps)
+        return FolderWeights(delta), {"steps": begin + history.step, "answer_loss_last": history.answer_losses[-1]}
+
+    def _mistakes(self, patch: SparsePatch) -> tuple[list[Pair], list[Pair]]:
+        """(refusals of the harmful prompts that the patched model does not refuse, answers to the harmless ones that it
+        does not answer), of the fit split."""
+        assert self.judge is not None
+        pairs = [list(dict.fromkeys(self._refusals(self.config.pairs)))]
+        pairs.append([*self._answers(self.config.pairs), *self._kept(self.config.kl_pairs)])
+        handles = attach_all([patch], self.model, Control())
+        try:
+            return tuple(  # type: ignore[return-value]
+                wrong(self.model, self.tokenizer, some, verdict, self.on_progress, self.judge)
+                for some, verdict in zip(pairs, ("refusal", "compliance"), strict=True)
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def scores(self, kind: str, patch: Weights) -> Weights:
         """I_SE or I_OSM (equations 5 and 6), by default at the weights that the patch leads to."""

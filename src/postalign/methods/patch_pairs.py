@@ -21,6 +21,8 @@ Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
 BATCH = 64
+TRIED = 20  # tokens of a reply by which it is seen whether a patch works
+AGAIN = 8
 MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 2  # words of a refusal that the model goes on from
 COMMON = 0.1  # share of its refusals that an opening of its own must have
@@ -233,6 +235,27 @@ def balanced(pairs: Sequence[Pair], rows: Data) -> list[Pair]:
     mean = len(pairs) / max(1, len(sizes))
     times = {name: max(1, min(MOST, round(mean / size))) for name, size in sizes.items()}
     return [pair for pair in pairs for _ in range(times[category.get(pair[0])])]
+
+
+def wrong(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    verdict: str,
+    on_progress: Progress,
+    judge: Judge,
+) -> list[Pair]:
+    """The pairs whose prompt the model, with all that is live in it, answers in a way that the judge does not call
+    `verdict`."""
+    prompts = [prompt for prompt, _ in pairs]
+    told = f"trying the patch: {verdict}"
+    replies = _answers(model, tokenizer, prompts, [""] * len(pairs), TRIED, told, on_progress)
+    return [pair for pair, (reply, _) in zip(pairs, replies, strict=True) if judge(pair[0], reply) != verdict]
+
+
+def emphasised(pairs: Sequence[Pair], hard: Sequence[Pair]) -> list[Pair]:
+    """The pairs, and the hard ones again, so often that they make up half of all; `AGAIN` times at most."""
+    return [*pairs, *list(hard) * min(AGAIN, len(pairs) // max(1, len(hard)))]
 
 
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:

@@ -91,9 +91,9 @@ def fit(
         # controllable patching: equations 4, 7 and 8
         config, tried = _chosen_weights(model, tokenizer, data, patches, config, judge, on_progress)
         made, kept, sizes = controllable_patching(ModelWeights(model), patches, config, on_progress)
-        if config.refine_steps:  # beyond the paper
-            derived.config = config
-            delta, told = derived.refined(made.patch())
+        derived.config = config
+        for part in range(config.parts):  # beyond the paper
+            delta, told = derived.refined(made.patch(), part)
             training |= {f"refined_{word}": figure for word, figure in told.items()}
             made = _remade(ModelWeights(model), delta, made)
     jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.merge_weights[1] > 0

@@ -119,6 +119,12 @@ class SafePatchingConfig(BaseModel):
         description="afterwards train the merged patch on, at its own weights: refusals of harmful prompts beside "
         "harmless answers (paper: none)",
     )
+    refine_parts: int = Field(
+        1,
+        ge=1,
+        description="the refinement in so many parts; with more than one, and a judge, prompts that the patch gets "
+        "wrong at the beginning of a part come more often in it",
+    )
     refine_learning_rate: float = Field(3e-4, gt=0)
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -155,6 +161,11 @@ class SafePatchingConfig(BaseModel):
         if isinstance(self.alpha, list) or isinstance(self.beta, list):
             raise UsageError("several alpha or beta: merge with one of `candidates`.")
         return self.alpha, self.beta
+
+    @property
+    def parts(self) -> int:
+        """The parts that the refinement has: none without steps, and none without a step of its own."""
+        return min(self.refine_parts, self.refine_steps)
 
     @property
     def kinds(self) -> list[str]:
