@@ -25,6 +25,7 @@ from postalign.methods.patch_pairs import (
     benign_pairs,
     emphasised,
     harmful_pairs,
+    loops,
     own_refusals,
     refusal_pairs,
     telling_opening,
@@ -32,6 +33,7 @@ from postalign.methods.patch_pairs import (
 from postalign.methods.safepatching import BASELINES, controllable_patching, over_safety_patch, read_config
 from postalign.methods.sparsify import retention_mask, top_mask
 from postalign.methods.tune_effect import NEW_TOKENS
+from postalign.models.chat import token_ids
 from postalign.models.shards import DictWeights, FolderWeights, ModelWeights, write_tensors
 from postalign.training import TrainSettings, train_delta
 from postalign.training.batches import labelled_batch
@@ -611,6 +613,25 @@ def test_other_pairs(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     assert kept[0][1].startswith(own["Tell me of the oven."])
 
 
+def test_replies_that_loop_are_said_again_without(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    assert loops([1, 2, 3, 4] * 3) and not loops([1, 2, 3, 4] * 2) and not loops([1, 2, 3])
+    rows = DATA.split("fit")
+    prompts = [row.prompt for row in rows.benign]
+
+    def ids(text: str) -> list[int]:
+        return token_ids(tiny_tokenizer, text, beginning=False)
+
+    said = dict(zip(prompts, greedy(tiny_llama, tiny_tokenizer, prompts, 40), strict=True))
+    looping = [prompt for prompt, text in said.items() if loops(ids(text))]
+    assert looping  # as models with random weights do
+    judge: Any = lambda prompt, reply: "compliance"  # noqa: E731
+    answers, kept, _ = benign_pairs(tiny_llama, tiny_tokenizer, rows, 9, 40, 0, lambda *_: None, judge)
+    assert sorted(dict(answers)) == sorted(looping) and not set(dict(kept)) & set(looping)
+    other = greedy(tiny_llama, tiny_tokenizer, looping, 40, no_repeat=4)
+    assert dict(answers) == dict(zip(looping, other, strict=True))
+    assert any(answer != said[prompt] for prompt, answer in answers)  # text that is not UTF-8 may only seem to loop
+
+
 def test_without_a_judge_a_reply_refuses_that_begins_as_the_refusals_do(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     rows = DATA.split("fit")
     prompt = rows.benign[0].prompt
@@ -716,7 +737,7 @@ def test_refining_moves_the_merged_patch_and_nothing_else(tiny_llama: Any, tiny_
 def test_what_the_patch_gets_wrong_comes_more_often(
     tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each part of the refinement, by the replies of the model that the patch at its beginning makes."""
+    """In each part of the refinement but the first, by the replies of the model patched so far."""
     answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
     seen: list[tuple[Any, list[Any], list[Any]]] = []
 
@@ -736,7 +757,8 @@ def test_what_the_patch_gets_wrong_comes_more_often(
     odd = {fit_rows.harmful[0].prompt, fit_rows.benign[0].prompt}
     alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=2, **settings)
     assert alignment.info["training"]["refined_steps"] == 6
-    (first, pairs, wanted), (second, _, _) = seen
+    (first, plainly, _), (second, pairs, wanted) = seen
+    assert set(Counter(plainly).values()) == {1}
     assert not same(first.state()[1], second.state()[1])  # the second part starts from where the first one ended
     counts = Counter(prompt for prompt, _ in pairs), Counter(prompt for prompt, _ in wanted)
     asked = len(counts[0])

@@ -19,10 +19,12 @@ def greedy(
     prompts: Sequence[str],
     max_new_tokens: int,
     openings: Sequence[str] | None = None,
+    no_repeat: int = 0,
 ) -> list[str]:
     """What the model says to each prompt, greedily, in one batch; after its opening, where openings are given.
 
-    The opening is not part of the text returned. Edits that are live in `model` act.
+    The opening is not part of the text returned. Edits that are live in `model` act. no_repeat: so many tokens in a row
+    do not come twice; 0: they may.
     """
     batch = encode(tokenizer, prompts, answers=openings, device=next(model.parameters()).device)
     output = model.generate(  # type: ignore[operator]
@@ -31,6 +33,7 @@ def greedy(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        no_repeat_ngram_size=no_repeat,
         repetition_penalty=1.0,  # some checkpoints ask for another one
         pad_token_id=pad_id(tokenizer),
         eos_token_id=sorted(eos_ids(model, tokenizer)),

@@ -97,8 +97,8 @@ class Derivation:
 
     def refined(self, patch: SparsePatch, part: int = 0) -> tuple[Weights, dict[str, Any]]:
         """The merged patch trained on, at its own weights only: refusals of harmful prompts, answers to harmless ones
-        that the model refuses, and no other replies to those that it answers. What the patch still does wrong comes
-        more often. part: of `refine_parts`, from 0."""
+        that the model refuses, and no other replies to those that it answers. After the
+        first part, of `refine_parts`, what the patch still does wrong comes more often."""
         config, told = self.config, "refining the merged patch"
         begin, end = (config.refine_steps * i // config.parts for i in (part, part + 1))
         settings = self._settings("safety").model_copy(
@@ -111,7 +111,7 @@ class Derivation:
         )
         refusals = self._refusals(config.pairs)
         answers = self._answers(config.pairs) if config.benign_weight else []
-        if config.parts > 1 and self.judge is not None:
+        if part and self.judge is not None:
             complied, refused = self._mistakes(patch)
             refusals = emphasised(refusals, complied)
             answers = emphasised(answers, refused) if config.benign_weight else answers

@@ -21,8 +21,9 @@ Pair = tuple[str, str]
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[str, str], str]
 BATCH = 64
-TRIED = 20  # tokens of a reply by which it is seen whether a patch works
-AGAIN = 8
+TRIED = 14  # tokens of a reply by which it is seen whether a patch works
+AGAIN = 8  # times that a hard pair may come again
+RUN, TIMES = 4, 3  # a reply that says so many tokens in a row so often loops
 MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 2  # words of a refusal that the model goes on from
 COMMON = 0.1  # share of its refusals that an opening of its own must have
@@ -139,8 +140,8 @@ def benign_pairs(
     on_progress: Progress,
     judge: Judge | None = None,
 ) -> tuple[list[Pair], list[Pair], list[str]]:
-    """Of up to `count` harmless prompts (those that the model refuses, each with an answer; those that it answers, each
-    with what it says; the refusals).
+    """Of up to `count` harmless prompts (those that the model refuses, each with an answer, and those where it loops,
+    each with what it says when it may not; those that it answers, each with what it says; the refusals).
 
     The answer is the row's response, else the model's own when it may not begin as refusals do. Without a judge a reply
     refuses that begins with the first word of one of the rows' refusals.
@@ -150,6 +151,7 @@ def benign_pairs(
     kept: list[Pair] = []
     refused: list[Prompt] = []
     refusals: list[str] = []
+    looping: list[str] = []
     told = "replies to harmless prompts"
     prompts = [row.prompt for row in order]
     replies = _answers(model, tokenizer, prompts, [""] * len(order), new_tokens, told, on_progress)
@@ -158,13 +160,26 @@ def benign_pairs(
         if refuses:
             refused.append(row)
             refusals.append(reply)
+        elif loops(token_ids(tokenizer, reply, beginning=False)):
+            looping.append(row.prompt)
         elif reply.strip() and (judge is None or judge(row.prompt, reply) == "compliance"):
             kept.append((row.prompt, reply + (end if ended else "")))
     given = [(row.prompt, row.response + end) for row in refused if row.response]
     bare = [row.prompt for row in refused if not row.response]
     told = "answers to harmless prompts"
     made = _made(model, tokenizer, rows, bare, len(bare), new_tokens, seed, told, on_progress, judge, end)
+    told, openings = "replies without loops", [""] * len(looping)
+    replies = _answers(model, tokenizer, looping, openings, new_tokens, told, on_progress, no_repeat=RUN)
+    for prompt, (reply, ended) in zip(looping, replies, strict=True):
+        if reply.strip() and (judge is None or judge(prompt, reply) == "compliance"):
+            made.append((prompt, reply + (end if ended else "")))
     return given + made, kept, refusals
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Whether RUN tokens in a row come TIMES times."""
+    runs = Counter(tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1))
+    return max(runs.values(), default=0) >= TIMES
 
 
 def _made(
@@ -210,6 +225,7 @@ def _answers(
     new_tokens: int,
     told: str,
     on_progress: Progress,
+    no_repeat: int = 0,
 ) -> list[tuple[str, bool]]:
     """Each opening with the model's own words after it, and whether these came to an end within `new_tokens`.
 
@@ -219,7 +235,8 @@ def _answers(
     texts = [""] * len(prompts)
     for begin in range(0, len(order), BATCH):
         chosen = order[begin : begin + BATCH]
-        said = greedy(model, tokenizer, [prompts[i] for i in chosen], new_tokens, [openings[i] for i in chosen])
+        asked, begun = [prompts[i] for i in chosen], [openings[i] for i in chosen]
+        said = greedy(model, tokenizer, asked, new_tokens, begun, no_repeat)
         for i, text in zip(chosen, said, strict=True):
             texts[i] = text
         on_progress(told, begin + len(chosen), len(order))

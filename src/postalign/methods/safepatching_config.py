@@ -19,11 +19,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
         **{"pairs": 1000, "kl_pairs": 1000, "pair_tokens": 48, "head_tokens": 12, "rest_weight": 0.5, "balance": True},
-        **{"batch_size": 8, "micro_batch": 8, "beside": 0.75, "schedule": "linear", "untouched": 0.5, "p": 1.0},
+        **{"batch_size": 8, "micro_batch": 4, "beside": 0.75, "schedule": "linear", "untouched": 0.5, "p": 1.0},
         **{"safety": "refusal", "refusals": "own", "benign_weight": 1.0, "safety_kl_weight": 3.0},
-        **{"safety_steps": 60, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
+        **{"safety_steps": 30, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
         **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "importance": "magnitude"},
-        **{"a": 0.07, "b": 0.005, "alpha": 1.0, "beta": 1.0, "refine_steps": 120, "refine_learning_rate": 2e-4},
+        **{"a": 0.07, "b": 0.005, "alpha": 1.0, "beta": 1.0, "refine_steps": 120, "refine_parts": 2},
+        **{"refine_learning_rate": 4e-4},
     },
 }
 DEFAULT = "published"
@@ -122,8 +123,8 @@ class SafePatchingConfig(BaseModel):
     refine_parts: int = Field(
         1,
         ge=1,
-        description="the refinement in so many parts; with more than one, and a judge, prompts that the patch gets "
-        "wrong at the beginning of a part come more often in it",
+        description="the refinement in so many parts; with a judge, prompts that the patch gets wrong at the beginning "
+        "of any but the first come more often in it",
     )
     refine_learning_rate: float = Field(3e-4, gt=0)
     # the outcome
