@@ -623,13 +623,13 @@ def test_replies_that_loop_are_said_again_without(tiny_llama: Any, tiny_tokenize
 
     said = dict(zip(prompts, greedy(tiny_llama, tiny_tokenizer, prompts, 40), strict=True))
     looping = [prompt for prompt, text in said.items() if loops(ids(text))]
-    assert looping  # as models with random weights do
+    assert looping  # or seem to, in text that is not UTF-8
     judge: Any = lambda prompt, reply: "compliance"  # noqa: E731
     answers, kept, _ = benign_pairs(tiny_llama, tiny_tokenizer, rows, 9, 40, 0, lambda *_: None, judge)
     assert sorted(dict(answers)) == sorted(looping) and not set(dict(kept)) & set(looping)
     other = greedy(tiny_llama, tiny_tokenizer, looping, 40, no_repeat=4)
     assert dict(answers) == dict(zip(looping, other, strict=True))
-    assert any(answer != said[prompt] for prompt, answer in answers)  # text that is not UTF-8 may only seem to loop
+    assert greedy(tiny_llama, tiny_tokenizer, prompts, 40, no_repeat=1) != list(said.values())
 
 
 def test_without_a_judge_a_reply_refuses_that_begins_as_the_refusals_do(tiny_llama: Any, tiny_tokenizer: Any) -> None:
