@@ -31,6 +31,7 @@ from .patch_pairs import (
     balanced,
     benign_pairs,
     emphasised,
+    first_tokens,
     harmful_pairs,
     own_refusals,
     refusal_pairs,
@@ -41,8 +42,8 @@ from .safepatching_config import SafePatchingConfig
 Progress = Callable[[str, int, int], None]
 # the settings on which a patch depends, its scores aside
 _SHARED = (
-    "pairs pair_tokens head_tokens rest_weight balance schedule train modules untouched refusals refusal_tokens "
-    "loss_on batch_size micro_batch beside max_grad_norm optimiser rank kl_pairs categories seed"
+    "pairs pair_tokens held_tokens head_tokens rest_weight balance schedule train modules untouched refusals "
+    "refusal_tokens loss_on batch_size micro_batch beside max_grad_norm optimiser rank kl_pairs categories seed"
 ).split()
 _OWN = {
     "safety": (
@@ -98,7 +99,8 @@ class Derivation:
     def refined(self, patch: SparsePatch, part: int = 0) -> tuple[Weights, dict[str, Any]]:
         """The merged patch trained on, at its own weights only: refusals of harmful prompts, answers to harmless ones
         that the model refuses, and no other replies to those that it answers. After the
-        first part, of `refine_parts`, what the patch still does wrong comes more often."""
+        first part, of `refine_parts`, what the patch still does wrong comes more often, and every other part leans to
+        the harmless side."""
         config, told = self.config, "refining the merged patch"
         begin, end = (config.refine_steps * i // config.parts for i in (part, part + 1))
         settings = self._settings("safety").model_copy(
@@ -115,6 +117,9 @@ class Derivation:
             complied, refused = self._mistakes(patch)
             refusals = emphasised(refusals, complied)
             answers = emphasised(answers, refused) if config.benign_weight else answers
+        if part and part % 2 == 0:  # leans to the harmless side
+            weights = {name: config.refine_lean * getattr(settings, name) for name in ("wanted_weight", "kl_weight")}
+            settings = settings.model_copy(update=weights)
         place = self._place(f"refined-{part}", "safety", list(type(config).model_fields))
         delta = train_delta(
             self.model,
@@ -217,7 +222,8 @@ class Derivation:
         """Where this patch should do nothing: harmless prompts, or what a patch trained on these might undo."""
         if kind == "over_safety" and self.config.over_safety == "benign":
             return self._refusals(self.config.kl_pairs)
-        return self._kept(self.config.kl_pairs) or self._answers(self.config.kl_pairs)
+        kept = self._kept(self.config.kl_pairs) or self._answers(self.config.kl_pairs)
+        return [(prompt, first_tokens(self.tokenizer, reply, self.config.held_tokens)) for prompt, reply in kept]
 
     @functools.cached_property
     def _harmful(self) -> list[Pair]:

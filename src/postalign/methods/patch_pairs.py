@@ -275,5 +275,11 @@ def emphasised(pairs: Sequence[Pair], hard: Sequence[Pair]) -> list[Pair]:
     return [*pairs, *list(hard) * min(AGAIN, len(pairs) // max(1, len(hard)))]
 
 
+def first_tokens(tokenizer: Any, text: str, count: int | None) -> str:
+    """The text up to its first `count` tokens; None: all of it."""
+    ids = token_ids(tokenizer, text, beginning=False)
+    return text if count is None or len(ids) <= count else tokenizer.decode(ids[:count])
+
+
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(rows, min(count, len(rows)))

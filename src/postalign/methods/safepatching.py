@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,14 @@ def fit(
         config, tried = _chosen_weights(model, tokenizer, data, patches, config, judge, on_progress)
         made, kept, sizes = controllable_patching(ModelWeights(model), patches, config, on_progress)
         derived.config = config
-        for part in range(config.parts):  # beyond the paper
+        ends: list[Weights] = []  # what each part of the refinement, which is beyond the paper, comes to
+        for part in range(config.parts):
             delta, told = derived.refined(made.patch(), part)
             training |= {f"refined_{word}": figure for word, figure in told.items()}
-            made = _remade(ModelWeights(model), delta, made)
+            ends.append(delta)
+            made = _remade(ModelWeights(model), [delta], made)
+        if ends:
+            made = _remade(ModelWeights(model), ends[1:] or ends, made, config.refine_scale)
     jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.merge_weights[1] > 0
     edit = replace(made.patch(), unsafe=jailbreak or kept is not None)
     counts = made.counts
@@ -193,11 +197,12 @@ def controllable_patching(
     return made, kept if kept.entries else None, sizes
 
 
-def _remade(base: Weights, delta: Weights, made: PatchMaker) -> PatchMaker:
-    """The patch of these differences, among the weights that `made` has looked at."""
+def _remade(base: Weights, deltas: Sequence[Weights], made: PatchMaker, scale: float = 1.0) -> PatchMaker:
+    """The patch of `scale` times the mean of these differences, among the weights that `made` has looked at."""
     new = PatchMaker(made.values)
-    for name in delta.names():
-        new.add(name, base.get(name), delta.get(name).float().reshape(-1).split(CHUNK))
+    for name in deltas[-1].names():  # a part changes no weights but those of the one before
+        mean = sum(delta.get(name).float() for delta in deltas) * (scale / len(deltas))
+        new.add(name, base.get(name), torch.as_tensor(mean).reshape(-1).split(CHUNK))
     new.counts.weights = made.counts.weights
     return new
 

@@ -18,13 +18,21 @@ KINDS = ("safety", "over_safety")
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "anchored": {
-        **{"pairs": 1000, "kl_pairs": 1000, "pair_tokens": 48, "head_tokens": 12, "rest_weight": 0.5, "balance": True},
-        **{"batch_size": 8, "micro_batch": 4, "beside": 0.75, "schedule": "linear", "untouched": 0.5, "p": 1.0},
-        **{"safety": "refusal", "refusals": "own", "benign_weight": 1.0, "safety_kl_weight": 3.0},
-        **{"safety_steps": 30, "safety_learning_rate": 1e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
-        **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "importance": "magnitude"},
-        **{"a": 0.07, "b": 0.005, "alpha": 1.0, "beta": 1.0, "refine_steps": 120, "refine_parts": 2},
-        **{"refine_learning_rate": 4e-4},
+        **{
+            "pairs": 1000,
+            "kl_pairs": 1000,
+            "pair_tokens": 48,
+            "held_tokens": 20,
+            "refusal_tokens": 14,
+            "balance": True,
+        },
+        **{"head_tokens": 4, "rest_weight": 0.5, "batch_size": 8, "micro_batch": 4, "beside": 0.75, "p": 1.0},
+        **{"schedule": "linear", "untouched": 0.5, "importance": "magnitude", "a": 0.07, "b": 0.005},
+        **{"safety": "refusal", "refusals": "own", "benign_weight": 1.5, "safety_kl_weight": 3.0},
+        **{"safety_steps": 20, "safety_learning_rate": 2e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
+        **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "alpha": 1.0, "beta": 1.0},
+        **{"refine_steps": 135, "refine_parts": 3, "refine_learning_rate": 6e-4, "refine_lean": 3.0},
+        **{"refine_scale": 1.3},
     },
 }
 DEFAULT = "published"
@@ -40,6 +48,9 @@ class SafePatchingConfig(BaseModel):
     # equations 1 and 2
     pairs: int = Field(128, ge=1, description="harmful pairs; made by the model itself where the data has none")
     pair_tokens: int = Field(64, ge=1, description="length of the answers made")
+    held_tokens: int | None = Field(
+        None, ge=1, description="so many first tokens of a reply to a harmless prompt are held; None: all of it"
+    )
     refusals: Literal["given", "own"] = Field(
         "given",
         description="where refusals are learned: the data's, or those of the model itself, if it has any (`own`)",
@@ -127,6 +138,14 @@ class SafePatchingConfig(BaseModel):
         "of any but the first come more often in it",
     )
     refine_learning_rate: float = Field(3e-4, gt=0)
+    refine_lean: float = Field(
+        1.0, gt=0, description="in the third part, the fifth and so on, the harmless losses weigh so many times more"
+    )
+    refine_scale: float = Field(
+        1.0,
+        gt=0,
+        description="the patch is this times the mean of what the parts, but for the first of several, end at",
+    )
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"
