@@ -769,6 +769,43 @@ def test_what_the_patch_gets_wrong_comes_more_often(
     assert emphasised(["a"], []) == ["a"]
 
 
+def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
+    ends: list[tuple[TrainSettings, Any]] = []
+
+    def train(model: Any, tokenizer: Any, pairs: Any, settings: Any, **others: Any) -> Any:
+        folder = train_delta(model, tokenizer, pairs, settings, **others)
+        if others.get("at") is not None:
+            ends.append((settings, FolderWeights(folder)))
+        return folder
+
+    monkeypatch.setattr("postalign.methods.patch_derivation.train_delta", train)
+    settings: dict[str, Any] = {
+        **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
+        **{"effect_prompts": 0, "refine_steps": 7, "refine_learning_rate": 1e-2, "refine_lean": 3.0},
+        **{"workdir": tmp_path, "values": "float32"},
+        "judge": lambda prompt, reply: "compliance" if "harm" in prompt else "refusal",
+    }
+    alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.5, **settings)
+    assert [told.steps for told, _ in ends] == [2, 2, 3]
+    assert [told.wanted_weight for told, _ in ends] == [1.0, 1.0, 3.0]
+    patch, (_, second), (_, third) = alignment.weights[0], *ends[1:]
+    for name, shape in patch.shapes.items():
+        places, values = patch.entries[name]
+        found = torch.zeros(shape).flatten()
+        found[places.long()] = values.float()
+        wanted = 1.5 * (second.get(name) + third.get(name)) / 2
+        assert torch.allclose(found.view(shape), wanted, atol=1e-6)
+    begun = len(ends)
+    fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.0, **settings)
+    assert all(one.get(n).equal(two.get(n)) for (_, one), (_, two) in zip(ends[:3], ends[begun:], strict=True)
+               for n in one.names())  # fmt: skip
+    alone = fit(tiny_llama, tiny_tokenizer, **settings)  # in one part, and that is all there is
+    assert len(ends) == 2 * begun + 1 and alone.info["training"]["refined_steps"] == 7
+
+
 def test_the_lowest_blocks_can_be_left_alone(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     names = set(fit(tiny_llama, tiny_tokenizer, untouched=0.5).weights[0].shapes)
     every = set(fit(tiny_llama, tiny_tokenizer).weights[0].shapes)

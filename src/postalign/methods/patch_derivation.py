@@ -120,7 +120,8 @@ class Derivation:
         if part and part % 2 == 0:  # leans to the harmless side
             weights = {name: config.refine_lean * getattr(settings, name) for name in ("wanted_weight", "kl_weight")}
             settings = settings.model_copy(update=weights)
-        place = self._place(f"refined-{part}", "safety", list(type(config).model_fields))
+        asked = [name for name in type(config).model_fields if name not in ("refine_scale", "effect_prompts")]
+        place = self._place(f"refined-{part}", "safety", asked)
         delta = train_delta(
             self.model,
             self.tokenizer,
