@@ -662,7 +662,9 @@ def test_refusals_of_the_models_own(tiny_llama: Any, tiny_tokenizer: Any) -> Non
     assert all(answer.endswith("<|im_end|>") for _, answer in pairs)
 
 
-def test_refusals_in_the_models_own_words(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+def test_refusals_in_the_models_own_words(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it says where it refuses; elsewhere what it says after beginning alike."""
     rows = DATA.split("fit")
     prompts = [row.prompt for row in rows.harmful]
@@ -691,6 +693,16 @@ def test_refusals_in_the_models_own_words(tiny_llama: Any, tiny_tokenizer: Any) 
     }
     given = patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, **never))
     assert same(given, patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, refusals="own", **never)))
+    told: list[Any] = []
+
+    def own(*given: Any) -> Any:
+        told.append(given[8])
+        return own_refusals(*given)
+
+    monkeypatch.setattr("postalign.methods.patch_derivation.own_refusals", own)
+    refusing = {**never, "judge": lambda prompt, reply: "refusal"}
+    fit(tiny_llama, tiny_tokenizer, refusals="own", **refusing)
+    assert len(told[0]) == SMALL["pairs"]  # its refusals of these weigh on how it is taught to refuse
     always = {**never, "judge": lambda prompt, reply: "refusal" if "harm" in prompt else "compliance"}
     assert not same(given, patched(tiny_llama, fit(tiny_llama, tiny_tokenizer, refusals="own", **always)))
 

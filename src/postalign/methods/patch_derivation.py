@@ -143,13 +143,14 @@ class Derivation:
         """(refusals of the harmful prompts that the patched model does not refuse, answers to the harmless ones that it
         does not answer), of the fit split."""
         assert self.judge is not None
-        pairs = [list(dict.fromkeys(self._refusals(self.config.pairs)))]
-        pairs.append([*self._answers(self.config.pairs), *self._kept(self.config.kl_pairs)])
+        refusals = list(dict.fromkeys(self._refusals(self.config.pairs)))
+        answers = [*self._answers(self.config.pairs), *self._kept(self.config.kl_pairs)]
+        asked = (self.on_progress, self.judge)
         handles = attach_all([patch], self.model, Control())
         try:
-            return tuple(  # type: ignore[return-value]
-                wrong(self.model, self.tokenizer, some, verdict, self.on_progress, self.judge)
-                for some, verdict in zip(pairs, ("refusal", "compliance"), strict=True)
+            return (
+                wrong(self.model, self.tokenizer, refusals, "refusal", *asked),
+                wrong(self.model, self.tokenizer, answers, "compliance", *asked),
             )
         finally:
             for handle in handles:
