@@ -24,7 +24,10 @@ def without_folder(argument: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """The processor's name, with its family and model: those of one make may all go by one name, and round apart."""
     found = Path("/proc/cpuinfo")
     lines = found.read_text().splitlines() if found.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"

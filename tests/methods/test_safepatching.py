@@ -684,7 +684,7 @@ def test_refusals_in_the_models_own_words(
     assert not own_refusals(tiny_llama, tiny_tokenizer, rows, 9, 6, 0, Told(), lambda prompt, reply: "compliance")
     assert telling_opening(["I am sorry.", "I am here.", "No, never."], []) == "I am"
     assert telling_opening(["I am sorry.", "I am here.", "No, never."], ["I am lost."]) == "No, never."
-    assert telling_opening(["I am sorry."] * 11 + ["No, never."], ["I am lost."] * 99) == "I am"  # a rare one is none
+    assert telling_opening(["I am sorry."] * 11 + ["No, never."], ["I am lost."] * 9 + ["No."]) == "No, never."
     never: dict[str, Any] = {
         "safety": "refusal",
         "combine": "safety",
@@ -777,6 +777,10 @@ def test_what_the_patch_gets_wrong_comes_more_often(
     assert counts[0].pop(fit_rows.harmful[0].prompt) == 1 + asked  # half of all, besides once among the rest
     assert counts[1].pop(fit_rows.benign[0].prompt) > 1
     assert set(counts[0].values()) == {1}
+    tried: list[list[Any]] = []
+    monkeypatch.setattr(patch_derivation, "wrong", lambda *given: tried.append(given[2]) or [])
+    fit(tiny_llama, tiny_tokenizer, refine_parts=2, refine_tried=1, **settings)
+    assert [len(pairs) for pairs in tried] == [1, 1] and tried[0][0][0] in {row.prompt for row in fit_rows.harmful}
     assert emphasised(["a", "b", "c"], ["c"]) == ["a", "b", "c", "c", "c", "c"]
     assert emphasised(["a"], []) == ["a"]
 
@@ -797,11 +801,12 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
     settings: dict[str, Any] = {
         **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
         **{"effect_prompts": 0, "refine_steps": 7, "refine_learning_rate": 1e-2, "refine_lean": 3.0},
-        **{"workdir": tmp_path, "values": "float32"},
+        **{"workdir": tmp_path, "values": "float32", "question_weight": 0.5},
         "judge": lambda prompt, reply: "compliance" if "harm" in prompt else "refusal",
     }
     alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.5, **settings)
     assert [told.steps for told, _ in ends] == [2, 2, 3]
+    assert {told.question_weight for told, _ in ends} == {0.5}
     assert [told.wanted_weight for told, _ in ends] == [1.0, 1.0, 3.0]
     patch, (_, second), (_, third) = alignment.weights[0], *ends[1:]
     for name, shape in patch.shapes.items():

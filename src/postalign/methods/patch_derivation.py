@@ -35,6 +35,7 @@ from .patch_pairs import (
     harmful_pairs,
     own_refusals,
     refusal_pairs,
+    some,
     wrong,
 )
 from .safepatching_config import SafePatchingConfig
@@ -47,7 +48,7 @@ _SHARED = (
 ).split()
 _OWN = {
     "safety": (
-        "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight"
+        "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight question_weight"
     ).split(),
     "over_safety": "over_safety over_safety_steps over_safety_learning_rate over_safety_kl_weight".split(),
 }
@@ -141,10 +142,12 @@ class Derivation:
 
     def _mistakes(self, patch: SparsePatch) -> tuple[list[Pair], list[Pair]]:
         """(refusals of the harmful prompts that the patched model does not refuse, answers to the harmless ones that it
-        does not answer), of the fit split."""
+        does not answer), among `refine_tried` of each in the fit split."""
         assert self.judge is not None
-        refusals = list(dict.fromkeys(self._refusals(self.config.pairs)))
-        answers = [*self._answers(self.config.pairs), *self._kept(self.config.kl_pairs)]
+        config = self.config
+        refusals = some(list(dict.fromkeys(self._refusals(config.pairs))), config.refine_tried, config.seed)
+        answers = [*self._answers(config.pairs), *self._kept(config.kl_pairs)]
+        answers = some(answers, config.refine_tried, config.seed)
         asked = (self.on_progress, self.judge)
         handles = attach_all([patch], self.model, Control())
         try:
@@ -273,6 +276,7 @@ class Derivation:
             max_loss_rise=config.max_loss_rise if safety else None,
             alpha=2.0 * config.rank,
             kl_weight=config.safety_kl_weight if safety else config.over_safety_kl_weight,
+            question_weight=config.question_weight if safety else 0.0,
             wanted_weight=config.benign_weight if config.safety == "refusal" else config.refusal_weight,
             seed=config.seed,
         )

@@ -26,7 +26,6 @@ AGAIN = 8  # times that a hard pair may come again
 RUN, TIMES = 4, 3  # a reply that says so many tokens in a row so often loops
 MOST = 4  # times that a pair may stand in a balanced list
 OPENING = 2  # words of a refusal that the model goes on from
-COMMON = 0.1  # share of its refusals that an opening of its own must have
 
 
 def harmful_pairs(
@@ -45,9 +44,9 @@ def harmful_pairs(
     """
     given = [(row.prompt, row.unsafe_response) for row in rows.harmful if row.unsafe_response]
     if given:
-        return _some(given, count, seed)
+        return some(given, count, seed)
     told = "answers to harmful prompts"
-    prompts = _some([row.prompt for row in rows.harmful], len(rows.harmful), seed)
+    prompts = some([row.prompt for row in rows.harmful], len(rows.harmful), seed)
     return _made(model, tokenizer, rows, prompts, count, new_tokens, seed, told, on_progress, judge)
 
 
@@ -64,7 +63,7 @@ def refusal_pairs(
     """(harmful prompt, the refusal wanted), `count` at most, with the end of turn: the row's response, or where it has
     none the model's own words after the first of another row's refusal, where the judge calls that a refusal."""
     end = end_of_turn(tokenizer) or ""
-    order: list[Prompt] = _some(list(rows.harmful), len(rows.harmful), seed)[:count]
+    order: list[Prompt] = some(list(rows.harmful), len(rows.harmful), seed)[:count]
     pairs = [(row.prompt, row.response + end) for row in order if row.response]
     bare = [row.prompt for row in order if not row.response]
     heads = [_opening(row.response) for row in rows.harmful if row.response]
@@ -96,7 +95,7 @@ def own_refusals(
     uses for harmless prompts too, these would be refused more often. harmless: refusals of such prompts. No end of turn
     follows a refusal that `new_tokens` cuts off. Empty for a model that refuses nothing.
     """
-    prompts = [row.prompt for row in _some(list(rows.harmful), len(rows.harmful), seed)[:count]]
+    prompts = [row.prompt for row in some(list(rows.harmful), len(rows.harmful), seed)[:count]]
     refusing = first_words(row.response for row in rows.harmful if row.response)
     end = end_of_turn(tokenizer) or ""
 
@@ -119,11 +118,11 @@ def own_refusals(
 
 
 def telling_opening(refusals: Sequence[str], others: Sequence[str]) -> str:
-    """The first words, among those of a tenth of `refusals` at least, that begin the most of them for each of `others`
-    that they begin."""
+    """The first words whose share of `refusals` is the furthest above their share of `others`."""
     ours, theirs = Counter(map(_opening, refusals)), Counter(map(_opening, others))
-    often = [opening for opening, n in ours.items() if n >= COMMON * len(refusals)] or list(ours)
-    return max(often, key=lambda opening: (ours[opening] / (theirs[opening] + 1), opening))
+    return max(
+        ours, key=lambda opening: (ours[opening] / len(refusals) - theirs[opening] / max(1, len(others)), opening)
+    )
 
 
 def _opening(text: str) -> str:
@@ -146,7 +145,7 @@ def benign_pairs(
     The answer is the row's response, else the model's own when it may not begin as refusals do. Without a judge a reply
     refuses that begins with the first word of one of the rows' refusals.
     """
-    order: list[Prompt] = _some(list(rows.benign), len(rows.benign), seed)[:count]
+    order: list[Prompt] = some(list(rows.benign), len(rows.benign), seed)[:count]
     end, refusing = end_of_turn(tokenizer) or "", first_words(row.response for row in rows.harmful if row.response)
     kept: list[Pair] = []
     refused: list[Prompt] = []
@@ -281,5 +280,6 @@ def first_tokens(tokenizer: Any, text: str, count: int | None) -> str:
     return text if count is None or len(ids) <= count else tokenizer.decode(ids[:count])
 
 
-def _some(rows: list[Any], count: int, seed: int) -> list[Any]:
+def some(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """`count` of the rows, or all of fewer, in an order that the seed decides."""
     return random.Random(seed).sample(rows, min(count, len(rows)))

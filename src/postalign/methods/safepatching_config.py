@@ -102,6 +102,12 @@ class SafePatchingConfig(BaseModel):
         description="of the divergence from the base on what it says to harmless prompts, of the safety patch and of "
         "the merged one while it is refined (paper: none)",
     )
+    question_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the divergence on the words of the harmless prompts, beside that on what it says to them: what "
+        "keeps the model's hold on language (paper: none)",
+    )
     over_safety_kl_weight: float = Field(
         0.0, ge=0, description="the same for the other patch; on refusals where it is made of harmless answers"
     )
@@ -136,6 +142,9 @@ class SafePatchingConfig(BaseModel):
         ge=1,
         description="the refinement in so many parts; with a judge, prompts that the patch gets wrong at the beginning "
         "of any but the first come more often in it",
+    )
+    refine_tried: int = Field(
+        300, ge=1, description="harmful and harmless fit prompts on which the patch is tried between parts, of each"
     )
     refine_learning_rate: float = Field(3e-4, gt=0)
     refine_lean: float = Field(
