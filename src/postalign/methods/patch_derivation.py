@@ -48,7 +48,8 @@ _SHARED = (
 ).split()
 _OWN = {
     "safety": (
-        "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight question_weight"
+        "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight "
+        "question_weight"
     ).split(),
     "over_safety": "over_safety over_safety_steps over_safety_learning_rate over_safety_kl_weight".split(),
 }

@@ -120,9 +120,11 @@ def own_refusals(
 def telling_opening(refusals: Sequence[str], others: Sequence[str]) -> str:
     """The first words whose share of `refusals` is the furthest above their share of `others`."""
     ours, theirs = Counter(map(_opening, refusals)), Counter(map(_opening, others))
-    return max(
-        ours, key=lambda opening: (ours[opening] / len(refusals) - theirs[opening] / max(1, len(others)), opening)
-    )
+
+    def lead(opening: str) -> float:
+        return ours[opening] / len(refusals) - theirs[opening] / max(1, len(others))
+
+    return max(ours, key=lambda opening: (lead(opening), opening))
 
 
 def _opening(text: str) -> str:

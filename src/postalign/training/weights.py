@@ -53,9 +53,10 @@ def train_delta(
 
     benign: prompts, or pairs, on which `settings.kl_weight` holds the model to what it said before: on the answers if
     all have one (and on the prompts too, by `settings.question_weight`), else on all tokens. wanted: pairs that are
-    made likelier meanwhile, whatever the direction, weighted by `settings.wanted_weight`. at: train on from this patch of the model, and only the weights that it changes; the
-    differences are to the model without it. on_step(step, steps, loss, answer_loss): after each step, in the main
-    process; loss is what is minimised, answer_loss the pairs' loss before the step.
+    made likelier meanwhile, whatever the direction, weighted by `settings.wanted_weight`. at: train on from this patch
+    of the model, and only the weights that it changes; the differences are to the model without it. on_step(step,
+    steps, loss, answer_loss): after each step, in the main process; loss is what is minimised, answer_loss the pairs'
+    loss before the step.
 
     An interrupted training goes on from the state kept every `settings.save_every` steps and ends at the same bits; a
     finished one is not done again, unless anything that it depends on has changed. Where `accelerate launch` started
