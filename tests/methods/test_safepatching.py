@@ -801,12 +801,12 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
     settings: dict[str, Any] = {
         **{"data": answered, "safety": "refusal", "alpha": 2.0, "beta": 1.0, "benign_weight": 1.0, "a": 0.2, "b": 0.2},
         **{"effect_prompts": 0, "refine_steps": 7, "refine_learning_rate": 1e-2, "refine_lean": 3.0},
-        **{"workdir": tmp_path, "values": "float32", "question_weight": 0.5},
+        **{"workdir": tmp_path, "values": "float32", "prompt_weight": 0.5},
         "judge": lambda prompt, reply: "compliance" if "harm" in prompt else "refusal",
     }
     alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.5, **settings)
     assert [told.steps for told, _ in ends] == [2, 2, 3]
-    assert {told.question_weight for told, _ in ends} == {0.5}
+    assert {told.prompt_weight for told, _ in ends} == {0.5}
     assert [told.wanted_weight for told, _ in ends] == [1.0, 1.0, 3.0]
     patch, (_, second), (_, third) = alignment.weights[0], *ends[1:]
     for name, shape in patch.shapes.items():

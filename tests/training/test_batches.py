@@ -42,11 +42,6 @@ def test_the_question_alone(template: bool, add_bos: bool) -> None:
             assert shown.strip() == text
         assert not bool(labelled[first]) and torch.equal(batch["labels"][i][labelled], batch["input_ids"][i][labelled])
     assert "Sure" not in tokenizer.decode(batch["input_ids"][0])
-    marked = labelled_batch(tokenizer, [(prompt, "Sure") for prompt in prompts], CPU, with_question=True)
-    assert all(
-        torch.equal(ids[question], labels[labels != IGNORED])
-        for ids, question, labels in zip(marked["input_ids"], marked["question"], batch["labels"], strict=True)
-    )
 
 
 def test_all_tokens(tiny_tokenizer: Any) -> None:
@@ -98,16 +93,20 @@ def test_divergence_of_each_row(tiny_tokenizer: Any) -> None:
     assert float(found.min()) > 0
 
 
-def test_divergence_on_the_question(tiny_tokenizer: Any) -> None:
-    """It is added, times its weight; what follows the question cannot matter to it."""
+def test_divergence_on_the_prompt(tiny_tokenizer: Any) -> None:
+    """It is added, times its weight, and the answer's first tokens count as much as the others together."""
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
     with torch.no_grad():
-        both = labelled_batch(tiny_tokenizer, PAIRS, CPU, with_question=True)
-        found = row_divergences(model, both, other, head_tokens=2, rest_weight=0.5, question_weight=3.0)
-        answer = row_divergences(model, both, other, head_tokens=2, rest_weight=0.5)
-        question = row_divergences(model, labelled_batch(tiny_tokenizer, PAIRS, CPU, "question"), other)
-    torch.testing.assert_close(found, answer + 3.0 * question, rtol=1e-4, atol=1e-6)
-    assert float(question.min()) > 0
+        batch = labelled_batch(tiny_tokenizer, PAIRS, CPU)
+        found = row_divergences(model, batch, other, head_tokens=2, prompt_weight=3.0)
+        whole = labelled_batch(tiny_tokenizer, PAIRS, CPU, "all")
+        (p, labels), (q, _) = target_logits(other, whole), target_logits(model, whole)
+    each = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    for row, labelled in enumerate(labels != IGNORED):
+        answer = int((batch["labels"][row] != IGNORED).sum())
+        prompt, answered = each[row][labelled][:-answer], each[row][labelled][-answer:]
+        exact = answered[:2].mean() + (answered[2:].mean() if answer > 2 else 0.0) + 3.0 * prompt.mean()
+        torch.testing.assert_close(found[row], exact, rtol=1e-4, atol=1e-6)
 
 
 def test_npo_is_minus_the_log_sigmoid() -> None:

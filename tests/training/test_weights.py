@@ -140,14 +140,14 @@ def test_kl_holds_the_model_where_it_was(train_what: str, tiny_tokenizer: Any, t
     assert divergence(held, model, tiny_tokenizer) < 0.5 * divergence(free, model, tiny_tokenizer)
 
 
-def test_the_words_of_benign_prompts_are_held_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_benign_prompts_are_held_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     asked = labelled_batch(tiny_tokenizer, [(prompt, "") for prompt in BENIGN], CPU, "question")
     settings = {"direction": "ascent", "steps": 15, "learning_rate": 5e-3, "kl_weight": 5.0}
     settings["benign"] = [(prompt, "Yes.") for prompt in BENIGN]
     off = []
     for weight in (0.0, 3.0):
-        trained = moved(model, train(model, tiny_tokenizer, tmp_path / str(weight), question_weight=weight, **settings))
+        trained = moved(model, train(model, tiny_tokenizer, tmp_path / str(weight), prompt_weight=weight, **settings))
         with torch.no_grad():
             off.append(float(row_divergences(trained, asked, model).mean()))
     assert off[1] < 0.5 * off[0]

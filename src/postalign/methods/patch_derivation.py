@@ -49,7 +49,7 @@ _SHARED = (
 _OWN = {
     "safety": (
         "safety safety_steps safety_learning_rate max_loss_rise refusal_weight benign_weight safety_kl_weight "
-        "question_weight"
+        "prompt_weight"
     ).split(),
     "over_safety": "over_safety over_safety_steps over_safety_learning_rate over_safety_kl_weight".split(),
 }
@@ -277,7 +277,7 @@ class Derivation:
             max_loss_rise=config.max_loss_rise if safety else None,
             alpha=2.0 * config.rank,
             kl_weight=config.safety_kl_weight if safety else config.over_safety_kl_weight,
-            question_weight=config.question_weight if safety else 0.0,
+            prompt_weight=config.prompt_weight if safety else 0.0,
             wanted_weight=config.benign_weight if config.safety == "refusal" else config.refusal_weight,
             seed=config.seed,
         )

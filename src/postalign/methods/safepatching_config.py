@@ -28,11 +28,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **{"head_tokens": 4, "rest_weight": 0.5, "batch_size": 8, "micro_batch": 4, "beside": 0.75, "p": 1.0},
         **{"schedule": "linear", "untouched": 0.5, "importance": "magnitude", "a": 0.07, "b": 0.005},
-        **{"safety": "refusal", "refusals": "own", "benign_weight": 1.5, "safety_kl_weight": 3.0},
+        **{"safety": "refusal", "refusals": "own", "benign_weight": 1.5, "safety_kl_weight": 3.0, "prompt_weight": 1.0},
         **{"safety_steps": 20, "safety_learning_rate": 2e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
         **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "alpha": 1.0, "beta": 1.0},
         **{"refine_steps": 135, "refine_parts": 3, "refine_learning_rate": 6e-4, "refine_lean": 3.0},
-        **{"refine_scale": 1.3},
+        **{"refine_scale": 1.8},
     },
 }
 DEFAULT = "published"
@@ -102,11 +102,11 @@ class SafePatchingConfig(BaseModel):
         description="of the divergence from the base on what it says to harmless prompts, of the safety patch and of "
         "the merged one while it is refined (paper: none)",
     )
-    question_weight: float = Field(
+    prompt_weight: float = Field(
         0.0,
         ge=0,
-        description="of the divergence on the words of the harmless prompts, beside that on what it says to them: what "
-        "keeps the model's hold on language (paper: none)",
+        description="of the divergence on the harmless prompts themselves, beside that on what it says to them: keeps "
+        "what it knows of language (paper: none)",
     )
     over_safety_kl_weight: float = Field(
         0.0, ge=0, description="the same for the other patch; on refusals where it is made of harmless answers"

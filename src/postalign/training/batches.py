@@ -19,38 +19,29 @@ LossOn = Literal["answer", "question", "all"]
 
 
 def labelled_batch(
-    tokenizer: Any,
-    pairs: Sequence[Example],
-    device: torch.device,
-    loss_on: LossOn = "answer",
-    *,
-    with_question: bool = False,
+    tokenizer: Any, pairs: Sequence[Example], device: torch.device, loss_on: LossOn = "answer"
 ) -> dict[str, Tensor]:
     """Left-padded `input_ids`, `attention_mask` and `labels`, int64 `[rows, length]`, of (prompt, answer) pairs.
 
     loss_on: the tokens whose labels are not IGNORED: the answer's; those of the last user message, without the chat
     template around it (the rows then end where the answer would begin: what follows cannot matter to them); or all
-    but the first, which nothing predicts. with_question: `question`, bool `[rows, length]`, too: true on the tokens of
-    the last user message, but for a row's first.
+    but the first, which nothing predicts.
     """
     prompts = [prompt for prompt, _ in pairs]
     answers = None if loss_on == "question" else [answer for _, answer in pairs]
     batch = encode(tokenizer, prompts, answers=answers, device=device)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)
     padding = (labels.shape[1] - batch.attention_mask.sum(-1)).tolist()
-    question = torch.zeros_like(labels, dtype=torch.bool)
     for i, first in enumerate(padding):
-        if loss_on == "question" or with_question:
-            place = spans(tokenizer, prompts[i])
-            question[i, first + max(1, place.start_of_instruction) : first + place.end_of_instruction + 1] = True
         if loss_on == "answer":
             labels[i, : first + batch.prompt_lengths[i]] = IGNORED
-        elif loss_on == "all":
+        elif loss_on == "question":
+            place = spans(tokenizer, prompts[i])
+            labels[i, : first + max(1, place.start_of_instruction)] = IGNORED
+            labels[i, first + place.end_of_instruction + 1 :] = IGNORED
+        else:
             labels[i, : first + 1] = IGNORED
-    if loss_on == "question":
-        labels.masked_fill_(~question, IGNORED)
-    rows = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
-    return rows | {"question": question} if with_question else rows
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 
 
 def answer_batch(tokenizer: Any, pairs: Sequence[Example], device: torch.device) -> dict[str, Tensor]:

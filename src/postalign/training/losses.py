@@ -91,26 +91,26 @@ def row_divergences(
     run: nn.Module | None = None,
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     head_tokens: int | None = None,
-    rest_weight: float = 0.0,
-    question_weight: float = 0.0,
+    prompt_weight: float = 0.0,
 ) -> Tensor:
     """KL(reference || model) in nats, the mean over each row's labelled tokens, float32 `[rows]`.
 
-    around: the context in which the reference runs. head_tokens, rest_weight: as in `row_losses`. question_weight: of
-    the mean over the tokens where `inputs` has `question`, which is added.
+    around: the context in which the reference runs. head_tokens: as in `row_losses`; what comes later counts as much.
+    prompt_weight: of the mean over the tokens that have no label, which is added.
     """
     answers = inputs["labels"]
-    if question_weight:
-        inputs = inputs | {"labels": torch.where(inputs["question"], inputs["input_ids"], answers)}
+    if prompt_weight:
+        shown = inputs["attention_mask"].cumsum(-1) > 1  # nothing predicts the first
+        inputs = inputs | {"labels": inputs["input_ids"].masked_fill(~shown, IGNORED)}
     with torch.no_grad(), around():
         theirs = target_logits(reference, beside(reference, inputs))[0].log_softmax(-1)
     logits, labels = target_logits(model, inputs, run)
     ours, theirs = logits.log_softmax(-1), theirs.to(logits.device)
     each = nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     answer = answers[:, -labels.shape[1] :] != IGNORED
-    found = _row_means(each, answer, head_tokens, rest_weight)
-    if question_weight:
-        found = found + question_weight * _row_means(each, (labels != IGNORED) & ~answer, None, 0.0)
+    found = _row_means(each, answer, head_tokens, 1.0)
+    if prompt_weight:
+        found = found + prompt_weight * _row_means(each, (labels != IGNORED) & ~answer, None, 0.0)
     return found
 
 

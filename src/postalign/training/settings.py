@@ -51,7 +51,7 @@ class TrainSettings(BaseModel):
     alpha: float = Field(16.0, gt=0, description="of the adapter: its scale is alpha / rank")
     npo_beta: float = Field(0.1, gt=0, description="paper: 0.1")
     kl_weight: float = Field(0.0, ge=0, description="of KL(base || trained) on the benign examples; 0: not computed")
-    question_weight: float = Field(
+    prompt_weight: float = Field(
         0.0, ge=0, description="of the divergence on the prompts of benign pairs, beside that on their answers"
     )
     beside: float = Field(1.0, gt=0, description="benign and wanted examples in a step, each as a share of batch_size")

@@ -52,7 +52,7 @@ def train_delta(
     pairs, which the seed decides: dropout is off.
 
     benign: prompts, or pairs, on which `settings.kl_weight` holds the model to what it said before: on the answers if
-    all have one (and on the prompts too, by `settings.question_weight`), else on all tokens. wanted: pairs that are
+    all have one (and on the prompts too, by `settings.prompt_weight`), else on all tokens. wanted: pairs that are
     made likelier meanwhile, whatever the direction, weighted by `settings.wanted_weight`. at: train on from this patch
     of the model, and only the weights that it changes; the differences are to the model without it. on_step(step,
     steps, loss, answer_loss): after each step, in the main process; loss is what is minimised, answer_loss the pairs'
@@ -138,8 +138,8 @@ def _terms(
 ) -> list[Term]:
     """What is minimised: the direction's loss of the pairs, and what the settings add to it."""
 
-    def collate(loss_on: LossOn, with_question: bool = False) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-        return lambda part: labelled_batch(tokenizer, part, processes.device, loss_on, with_question=with_question)
+    def collate(loss_on: LossOn) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
+        return lambda part: labelled_batch(tokenizer, part, processes.device, loss_on)
 
     def passes() -> Any:
         return torch.autocast(processes.device.type, torch.bfloat16, enabled=low)
@@ -170,19 +170,17 @@ def _terms(
                 run,
                 subject.without,
                 settings.head_tokens,
-                settings.rest_weight,
-                settings.question_weight if answered else 0.0,
+                settings.prompt_weight,
             )
         return found, found
 
-    answered = all(answer for _, answer in held)
     terms = [Term(pairs, collate(settings.loss_on), direction, seed=settings.seed)]
     if wanted and settings.wanted_weight:
         more = settings.wanted_weight, settings.seed + 1, settings.beside
         terms.append(Term(wanted, collate("answer"), likelier, *more))
     if settings.kl_weight:
-        collated = collate("answer", bool(settings.question_weight)) if answered else collate("all")
-        terms.append(Term(held, collated, nearness, settings.kl_weight, settings.seed + 2, settings.beside))
+        on: LossOn = "answer" if all(answer for _, answer in held) else "all"
+        terms.append(Term(held, collate(on), nearness, settings.kl_weight, settings.seed + 2, settings.beside))
     return terms
 
 
