@@ -685,6 +685,10 @@ def test_refusals_in_the_models_own_words(
     assert telling_opening(["I am sorry.", "I am here.", "No, never."], []) == "I am"
     assert telling_opening(["I am sorry.", "I am here.", "No, never."], ["I am lost."]) == "No, never."
     assert telling_opening(["I am sorry."] * 11 + ["No, never."], ["I am lost."] * 9 + ["No."]) == "No, never."
+    often = ["I am sorry."] * 8 + ["No, never."] * 2
+    assert (
+        telling_opening(often, ["I am lost."] * 6 + ["No, never."] + ["Well, yes."] * 23) == "I am"
+    )  # shares, not counts
     never: dict[str, Any] = {
         "safety": "refusal",
         "combine": "safety",
@@ -790,11 +794,14 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
 ) -> None:
     answered = Data([replace(row, response="Yes, of course.") if row.label == "benign" else row for row in DATA])
     ends: list[tuple[TrainSettings, Any]] = []
+    before: list[TrainSettings] = []
 
     def train(model: Any, tokenizer: Any, pairs: Any, settings: Any, **others: Any) -> Any:
         folder = train_delta(model, tokenizer, pairs, settings, **others)
         if others.get("at") is not None:
             ends.append((settings, FolderWeights(folder)))
+        else:
+            before.append(settings)
         return folder
 
     monkeypatch.setattr("postalign.methods.patch_derivation.train_delta", train)
@@ -807,6 +814,10 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
     alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.5, **settings)
     assert [told.steps for told, _ in ends] == [2, 2, 3]
     assert {told.prompt_weight for told, _ in ends} == {0.5}
+    assert [told.prompt_weight for told in before] == [
+        0.5,
+        0.0,
+    ]  # the over-safety patch is held on refusals, not prompts
     assert [told.wanted_weight for told, _ in ends] == [1.0, 1.0, 3.0]
     patch, (_, second), (_, third) = alignment.weights[0], *ends[1:]
     for name, shape in patch.shapes.items():
