@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib import resources
 from itertools import combinations
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_every_category_is_in_every_split_about_half_and_two_quarters(starter: D
         assert fit + tune + test == sum(n for (k, c, _), n in counts.items() if (k, c) == (kind, category))
         assert abs(fit - tune - test) <= 2
         assert abs(tune - test) <= 2
+
+
+def test_its_card_counts_right(starter: Data) -> None:
+    card = (resources.files("postalign.data") / "starter" / "README.md").read_text(encoding="utf-8")
+    table = [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
+    told = {cells[0]: [int(cell) for cell in cells if cell.isdigit()] for cells in table}
+    counts = Counter((row.type, row.category, row.split) for row in starter)
+    for kind, category in {(row.type, row.category) for row in starter}:
+        assert told[category or ""] == [counts[kind, category, split] for split in ("fit", "tune", "test")]
+    for kind in ("harmful", "borderline", "plain"):
+        assert told[f"{kind}.jsonl"] == [len(part(starter, kind))]
 
 
 def test_refusals_vary(starter: Data) -> None:
