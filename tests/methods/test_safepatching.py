@@ -811,13 +811,10 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
         **{"workdir": tmp_path, "values": "float32", "prompt_weight": 0.5},
         "judge": lambda prompt, reply: "compliance" if "harm" in prompt else "refusal",
     }
-    alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.5, **settings)
+    alignment = fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_last=2, refine_scale=1.5, **settings)
     assert [told.steps for told, _ in ends] == [2, 2, 3]
     assert {told.prompt_weight for told, _ in ends} == {0.5}
-    assert [told.prompt_weight for told in before] == [
-        0.5,
-        0.0,
-    ]  # the over-safety patch is held on refusals, not prompts
+    assert [told.prompt_weight for told in before] == [0.5, 0.0]  # over-safety is held on refusals, not prompts
     assert [told.wanted_weight for told, _ in ends] == [1.0, 1.0, 3.0]
     patch, (_, second), (_, third) = alignment.weights[0], *ends[1:]
     for name, shape in patch.shapes.items():
@@ -827,7 +824,10 @@ def test_parts_of_the_refinement_lean_by_turns_and_their_mean_is_scaled(
         wanted = 1.5 * (second.get(name) + third.get(name)) / 2
         assert torch.allclose(found.view(shape), wanted, atol=1e-6)
     begun = len(ends)
-    fit(tiny_llama, tiny_tokenizer, refine_parts=3, refine_scale=1.0, **settings)
+    last = fit(tiny_llama, tiny_tokenizer, refine_parts=3, **settings).weights[0]  # by default the end itself
+    for name in last.shapes:
+        places, values = last.entries[name]
+        assert torch.allclose(third.get(name).flatten()[places.long()], values.float(), atol=1e-6)
     assert all(one.get(n).equal(two.get(n)) for (_, one), (_, two) in zip(ends[:3], ends[begun:], strict=True)
                for n in one.names())  # fmt: skip
     alone = fit(tiny_llama, tiny_tokenizer, **settings)  # in one part, and that is all there is

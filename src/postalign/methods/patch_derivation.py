@@ -122,7 +122,8 @@ class Derivation:
         if part and part % 2 == 0:  # leans to the harmless side
             weights = {name: config.refine_lean * getattr(settings, name) for name in ("wanted_weight", "kl_weight")}
             settings = settings.model_copy(update=weights)
-        asked = [name for name in type(config).model_fields if name not in ("refine_scale", "effect_prompts")]
+        later = ("refine_last", "refine_scale", "effect_prompts")
+        asked = [name for name in type(config).model_fields if name not in later]
         place = self._place(f"refined-{part}", "safety", asked)
         delta = train_delta(
             self.model,

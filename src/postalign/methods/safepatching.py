@@ -99,7 +99,7 @@ def fit(
             ends.append(delta)
             made = _remade(ModelWeights(model), [delta], made)
         if ends:
-            made = _remade(ModelWeights(model), ends[1:] or ends, made, config.refine_scale)
+            made = _remade(ModelWeights(model), ends[-config.refine_last :], made, config.refine_scale)
     jailbreak = config.combine == "over_safety" and config.over_safety == "harmful" and config.merge_weights[1] > 0
     edit = replace(made.patch(), unsafe=jailbreak or kept is not None)
     counts = made.counts

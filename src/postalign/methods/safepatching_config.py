@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"safety": "refusal", "refusals": "own", "benign_weight": 1.5, "safety_kl_weight": 3.0, "prompt_weight": 1.0},
         **{"safety_steps": 20, "safety_learning_rate": 2e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
         **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "alpha": 1.0, "beta": 1.0},
-        **{"refine_steps": 135, "refine_parts": 3, "refine_learning_rate": 6e-4, "refine_lean": 3.0},
-        **{"refine_scale": 1.8},
+        **{"refine_steps": 225, "refine_parts": 5, "refine_learning_rate": 6e-4, "refine_lean": 3.0},
+        **{"refine_last": 3, "refine_scale": 1.8},
     },
 }
 DEFAULT = "published"
@@ -150,11 +150,8 @@ class SafePatchingConfig(BaseModel):
     refine_lean: float = Field(
         1.0, gt=0, description="in the third part, the fifth and so on, the harmless losses weigh so many times more"
     )
-    refine_scale: float = Field(
-        1.0,
-        gt=0,
-        description="the patch is this times the mean of what the parts, but for the first of several, end at",
-    )
+    refine_last: int = Field(1, ge=1, description="the patch is the mean of what the last so many parts end at")
+    refine_scale: float = Field(1.0, gt=0, description="times this: how much further than that mean the patch goes")
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"
