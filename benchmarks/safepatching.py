@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 REFERENCE = "instructions"
 ABLATIONS = {name: BASELINES[name] for name in ("safety_only", "over_safety_only", "intersection", "union")}
 ABLATIONS["not refined"] = {"refine_steps": 0}
-ABLATIONS |= {f"refine_scale = {scale}": {"refine_scale": scale} for scale in (1.0, 1.6)}
+ABLATIONS |= {f"refine_scale = {scale}": {"refine_scale": scale} for scale in (1.0, 1.8)}
 ABLATIONS |= {"p = 1": {"p": 1.0}, "p = 0.5": {"p": 0.5}, "SNIP": {"importance": "snip"}}
 VERDICTS = ("compliance", "refusal", "degenerate")
 

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"safety_steps": 20, "safety_learning_rate": 2e-4, "over_safety": "benign", "over_safety_kl_weight": 1.0},
         **{"over_safety_steps": 8, "over_safety_learning_rate": 5e-5, "alpha": 1.0, "beta": 1.0},
         **{"refine_steps": 225, "refine_parts": 5, "refine_learning_rate": 6e-4, "refine_lean": 3.0},
-        **{"refine_last": 3, "refine_scale": 1.8},
+        **{"refine_last": 3, "refine_scale": 1.25},
     },
 }
 DEFAULT = "published"
