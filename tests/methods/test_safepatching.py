@@ -686,9 +686,8 @@ def test_refusals_in_the_models_own_words(
     assert telling_opening(["I am sorry.", "I am here.", "No, never."], ["I am lost."]) == "No, never."
     assert telling_opening(["I am sorry."] * 11 + ["No, never."], ["I am lost."] * 9 + ["No."]) == "No, never."
     often = ["I am sorry."] * 8 + ["No, never."] * 2
-    assert (
-        telling_opening(often, ["I am lost."] * 6 + ["No, never."] + ["Well, yes."] * 23) == "I am"
-    )  # shares, not counts
+    elsewhere = ["I am lost."] * 6 + ["No, never."] + ["Well, yes."] * 23
+    assert telling_opening(often, elsewhere) == "I am"  # shares, not counts
     never: dict[str, Any] = {
         "safety": "refusal",
         "combine": "safety",

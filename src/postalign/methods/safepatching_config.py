@@ -151,7 +151,7 @@ class SafePatchingConfig(BaseModel):
         1.0, gt=0, description="in the third part, the fifth and so on, the harmless losses weigh so many times more"
     )
     refine_last: int = Field(1, ge=1, description="the patch is the mean of what the last so many parts end at")
-    refine_scale: float = Field(1.0, gt=0, description="times this: how much further than that mean the patch goes")
+    refine_scale: float = Field(1.0, gt=0, description="and goes so many times as far as that mean")
     # the outcome
     values: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="number format of the patch; auto: the weights' own if it has 16 bits, else bfloat16"
